@@ -1,0 +1,89 @@
+"""`Tensor` <-> `numpy.ndarray`: the only codec, used at both ends of the wire.
+
+Elements travel raw: row-major, little-endian, no padding, no header.
+"""
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentd.v1 import tensor_pb2
+
+DTYPES: "dict[tensor_pb2.DataType.ValueType, np.dtype[Any]]" = {
+    tensor_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
+    tensor_pb2.DATA_TYPE_FLOAT16: np.dtype("<f2"),
+    tensor_pb2.DATA_TYPE_UINT8: np.dtype("u1"),
+    tensor_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
+}
+"""Every element type of the wire and the numpy type it is."""
+
+_DATA_TYPES = {dtype: data_type for data_type, dtype in DTYPES.items()}
+_MAX_RANK = 32
+_MAX_BYTES = 2**31 - 1  # a protobuf message cannot hold more
+
+
+class TensorError(ValueError):
+    """A `Tensor` that contradicts itself, or an array that no `Tensor` can hold.
+
+    `path` names the offending field, e.g. `samples.shape[1]`; `description` says what is allowed.
+    """
+
+    def __init__(self, path: str, description: str) -> None:
+        super().__init__(f"{path}: {description}")
+        self.path = path
+        self.description = description
+
+
+def encode(array: NDArray[Any], path: str = "tensor") -> tensor_pb2.Tensor:
+    """Pack an array of any supported type and layout.
+
+    Raises:
+        TensorError: the element type has no place in `DataType`, or the array is over 2 GiB.
+    """
+    dtype = array.dtype.newbyteorder("<")
+    data_type = _DATA_TYPES.get(dtype)
+    if data_type is None:
+        raise TensorError(path, f"element type {array.dtype} is none of {_allowed()}")
+    if array.nbytes > _MAX_BYTES:
+        raise TensorError(path, f"holds {array.nbytes} bytes; a message holds at most {_MAX_BYTES}")
+    if sys.byteorder != "little" or array.dtype != dtype:
+        array = array.astype(dtype)
+    return tensor_pb2.Tensor(data_type=data_type, shape=array.shape, data=array.tobytes())
+
+
+def decode(tensor: tensor_pb2.Tensor, path: str = "tensor") -> NDArray[Any]:
+    """Unpack a `Tensor` into a read-only array that shares its bytes.
+
+    Raises:
+        TensorError: unknown type, negative or overflowing shape, or a byte count that does not match.
+    """
+    dtype = DTYPES.get(tensor.data_type)
+    if dtype is None:
+        raise TensorError(f"{path}.data_type", f"must be one of {_allowed()}, got {tensor.data_type}")
+    shape = tuple(tensor.shape)
+    if len(shape) > _MAX_RANK:
+        raise TensorError(f"{path}.shape", f"must have at most {_MAX_RANK} axes, got {len(shape)}")
+    for axis, extent in enumerate(shape):
+        if extent < 0:
+            raise TensorError(f"{path}.shape[{axis}]", f"must not be negative, got {extent}")
+    expected = math.prod(shape) * dtype.itemsize
+    if expected > _MAX_BYTES:
+        raise TensorError(
+            f"{path}.shape",
+            f"{list(shape)} of {dtype.name} overflows: {expected} bytes, at most {_MAX_BYTES}",
+        )
+    data = tensor.data  # each access of a bytes field copies it
+    if len(data) != expected:
+        raise TensorError(
+            f"{path}.data",
+            f"must hold {expected} bytes for shape {list(shape)} of {dtype.name}, got {len(data)}",
+        )
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _allowed() -> str:
+    names = (tensor_pb2.DataType.Name(data_type) for data_type in DTYPES)
+    return ", ".join(name.removeprefix("DATA_TYPE_") for name in names)

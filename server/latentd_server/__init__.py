@@ -1,0 +1,1 @@
+"""The latentd server: loads bundles, batches unlike requests step by step, streams results."""

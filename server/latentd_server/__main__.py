@@ -1,0 +1,1 @@
+"""Stand-in so that the environment installs; replaced by the server's entry point."""

@@ -1,0 +1,93 @@
+"""Why work is refused or fails inside the server, as exceptions that know nothing of gRPC; `errors.py` maps them."""
+
+from dataclasses import dataclass
+
+
+class ServingError(Exception):
+    """Base of every failure that a caller is told about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One field that is wrong: its path as protobuf writes it, and what is allowed there."""
+
+    path: str
+    description: str
+
+
+class FieldsInvalidError(ServingError):
+    """The request contradicts the API or the model; lists every violation."""
+
+    def __init__(self, violations: list[Violation]) -> None:
+        super().__init__("; ".join(f"{v.path}: {v.description}" for v in violations))
+        self.violations = violations
+
+
+class ModelNotFoundError(ServingError):
+    """No model of that name or version."""
+
+    def __init__(self, reference: str, known: list[str]) -> None:
+        super().__init__(f"no model {reference!r}; this server has {', '.join(known) or 'none'}")
+        self.reference = reference
+
+
+class MethodUnsupportedError(ServingError):
+    """The model exists but does not answer this method."""
+
+    def __init__(self, model: str, method: str, supported: list[str], why: str = "") -> None:
+        super().__init__(f"{model} does not support {method}{why and f' ({why})'}; it supports {', '.join(supported)}")
+        self.model = model
+        self.method = method
+        self.supported = supported
+
+
+class ModelLoadingError(ServingError):
+    """The model is being loaded; try again shortly."""
+
+    def __init__(self, model: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(f"{model} is still loading")
+        self.model = model
+        self.retry_after_s = retry_after_s
+
+
+class ModelFailedError(ServingError):
+    """The model could not be loaded."""
+
+    def __init__(self, model: str, why: str) -> None:
+        super().__init__(f"{model} could not be loaded: {why}")
+        self.model = model
+
+
+class OverloadedError(ServingError):
+    """The backlog is full; nothing was accepted."""
+
+    def __init__(self, backlog: int, limit: int, retry_after_s: float) -> None:
+        super().__init__(f"the backlog holds {backlog} evaluations of at most {limit}")
+        self.retry_after_s = retry_after_s
+
+
+class DrainingError(ServingError):
+    """The server is shutting down and finishes only what it has accepted."""
+
+    def __init__(self, retry_after_s: float = 1.0) -> None:
+        super().__init__("the server is draining")
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(ServingError):
+    """The deadline passed, or cannot be met."""
+
+
+class CancelledError(ServingError):
+    """The caller gave up."""
+
+    def __init__(self) -> None:
+        super().__init__("cancelled by the caller")
+
+
+class RuntimeFailureError(ServingError):
+    """The network failed on this request's rows; carries no path and no stack."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"{model} failed to evaluate this request; the server's log has the details")
+        self.model = model

@@ -1,0 +1,176 @@
+"""What a request becomes: a job of lanes that want evaluations. Plain data; imports no clock, thread, gRPC or ORT.
+
+`resolve.py` makes jobs, `scheduler.py` decides who rides, `engine.py` and `runtime.py` run them, and
+events carry the outcome back. Two kinds exist:
+
+* a `StepJob` walks lanes of a diffusion model down a table of coefficients (`samplers.Table`), one
+  evaluation of the denoiser at a time;
+* a `CallJob` wants one evaluation of one graph for every row (VAE, GAN, encoders, scorers).
+
+A lane is one sample of a job. An evaluation is one row of one network call; a guided lane takes two
+rows, hence two evaluations, per step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from latentd.v1 import bundle_pb2, model_pb2
+from numpy.typing import NDArray
+
+from latentd_server.noise import Purpose
+from latentd_server.samplers import Table
+from latentd_server.schedules import Schedule
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Servable:
+    """What the door needs to know of an active model."""
+
+    bundle: bundle_pb2.Bundle
+    schedule: Schedule | None  # diffusion models only
+    determinism_class: str
+
+    @property
+    def model(self) -> model_pb2.Model:
+        """The model as GetModel returns it, less its state."""
+        return self.bundle.model
+
+    def network(self, role: int) -> bundle_pb2.Network | None:
+        """The graph with this role, if the bundle has one."""
+        return next((network for network in self.bundle.networks if network.role == role), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """x at the first evaluation: `scale` * `values` + `noise_scale` * z, z ~ N(0, I) by (seed, sample, purpose)."""
+
+    noise_scale: float
+    values: Array | None = None  # [1 or n, *sample] f32
+    scale: float = 1.0
+    history: Array | None = None  # [n, *sample] f32; the history register, zeros if None
+
+
+@dataclass(frozen=True, slots=True)
+class StepJob:
+    """Lanes of one diffusion request. Every array's first axis is the lane, or 1 for all of them."""
+
+    model: str  # canonical name
+    lane_count: int
+    tables: tuple[Table, ...]  # one for all lanes, or one each; all of the same length
+    start: Start
+    seed: int
+    sample_indices: Array  # [n] i64; what the seed is combined with
+    labels: Array  # [n] i64; -1 is the unconditional network
+    guidance_scale: float = 1.0  # anything but 1 takes a second, unconditional row a lane
+    first_step_index: int = 0  # added to the evaluation's number where step noise is drawn
+    preview_interval: int = 0  # solver steps between previews; 0 is none
+    estimates_wanted: bool = False  # report the last evaluation's x0 and eps
+    history_wanted: bool = False  # report the history register
+
+    @property
+    def evaluations_per_lane(self) -> int:
+        """Network rows one lane takes from start to end."""
+        return len(self.tables[0].timesteps) * self.rows_per_lane
+
+    @property
+    def rows_per_lane(self) -> int:
+        """Rows one lane occupies in a call."""
+        return 1 if self.guidance_scale == 1.0 else 2
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """A graph input filled with fresh noise, row i by (seed, sample_indices[i], draw_indices[i])."""
+
+    purpose: Purpose
+    uniform: bool = False  # U[0, 1) instead of N(0, 1)
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class CallJob:
+    """Rows of one request for one graph."""
+
+    model: str  # canonical name
+    role: int  # bundle_pb2.Network.Role
+    lane_count: int
+    feeds: Mapping[str, Array | Noise]  # by graph input; arrays are [n, *spec]
+    outputs: tuple[str, ...]  # graph outputs to report; input names are reported as they were fed
+    seed: int
+    sample_indices: Array  # [n] i64
+    draw_indices: Array  # [n] i64; the k-th Monte Carlo draw of a row, else 0
+
+    @property
+    def evaluations_per_lane(self) -> int:
+        """Network rows one lane takes from start to end."""
+        return 1
+
+    @property
+    def rows_per_lane(self) -> int:
+        """Rows one lane occupies in a call."""
+        return 1
+
+
+Job = StepJob | CallJob
+
+
+@dataclass(slots=True)
+class Cost:
+    """What lanes have cost so far; sums over the batches they rode in."""
+
+    queue_s: float = 0.0  # from admission to the first batch
+    compute_s: float = 0.0
+    evaluations: int = 0
+    batches: int = 0
+    rows: int = 0  # live rows of those batches, summed; rows / batches is the mean batch size
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """The current estimate of x0 of lanes under way."""
+
+    lanes: Array  # [k] i64
+    completed_steps: int
+    total_steps: int
+    estimates: Array  # [k, *sample] f32
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Lanes that are done. Sent once for every lane.
+
+    Steps report `sample` (x after the last update) and, where wanted, `denoised`, `noise` and `history`;
+    calls report the graph's outputs, and its inputs where asked for, by name.
+    """
+
+    lanes: Array  # [k] i64
+    outputs: Mapping[str, Array]  # [k, ...]
+    cost: Cost
+    last: bool  # whether the job is over
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The job is over without a result."""
+
+    error: Exception
+
+
+Event = Preview | Finished | Failed
+
+__all__ = [
+    "CallJob",
+    "Cost",
+    "Event",
+    "Failed",
+    "Finished",
+    "Job",
+    "Noise",
+    "Preview",
+    "Servable",
+    "Start",
+    "StepJob",
+]

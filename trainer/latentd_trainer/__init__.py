@@ -1,0 +1,1 @@
+"""The offline trainer: data, networks, training, export and evaluation. The only place with torch."""

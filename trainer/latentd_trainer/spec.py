@@ -1,0 +1,61 @@
+"""What a trained family hands to export: graphs whose inputs and outputs say where values come from and go to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from latentd.v1 import bundle_pb2, model_pb2, tensor_pb2
+from torch import nn
+
+Source = bundle_pb2.NetworkInput
+Meaning = bundle_pb2.NetworkOutput
+Role = bundle_pb2.Network
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One input of a graph, without the batch axis."""
+
+    name: str
+    source: bundle_pb2.NetworkInput.Source.ValueType
+    shape: tuple[int, ...]
+    data_type: tensor_pb2.DataType.ValueType = tensor_pb2.DATA_TYPE_FLOAT32
+
+
+@dataclass(frozen=True)
+class GraphOutput:
+    """One output of a graph, without the batch axis."""
+
+    name: str
+    meaning: bundle_pb2.NetworkOutput.Meaning.ValueType
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One network to export. `module(*inputs)` returns the outputs in order (a tensor, or a tuple of them).
+
+    The module is in evaluation mode, holds the weights to serve (EMA where the family keeps one), and draws
+    no noise: noise comes in by inputs.
+    """
+
+    role: bundle_pb2.Network.Role.ValueType
+    module: nn.Module
+    inputs: Sequence[GraphInput]
+    outputs: Sequence[GraphOutput]
+
+
+@dataclass(frozen=True)
+class ServingSpec:
+    """Everything that a bundle says of a model but its name, its classes, its card and its files."""
+
+    family: model_pb2.Model.Family.ValueType
+    graphs: Sequence[Graph]
+    methods: Sequence[model_pb2.Model.Method.ValueType]
+    sample_shape: tuple[int, int, int]  # [C, H, W]
+    latent_shape: tuple[int, ...]
+    description: str
+    reference_uri: str  # the paper
+    diffusion: model_pb2.DiffusionSpec | None = None
+    sample_range: tuple[float, float] = field(default=(-1.0, 1.0))
