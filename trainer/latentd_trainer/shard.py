@@ -1,0 +1,67 @@
+"""One process's part in data-parallel training: its rows of the global batch, and averages over all processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import distributed, nn
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Process `rank` of `count`. With a count of 1 nothing is communicated."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and speaks to people."""
+        return self.rank == 0
+
+    def rows(self, whole: torch.Tensor) -> torch.Tensor:
+        """This process's equal, contiguous share of the first axis.
+
+        Raises:
+            ValueError: the axis does not divide by the number of processes.
+        """
+        if len(whole) % self.count:
+            raise ValueError(f"a batch of {len(whole)} does not divide by {self.count} processes")
+        size = len(whole) // self.count
+        return whole[self.rank * size : (self.rank + 1) * size]
+
+    def mean(self, part: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over all processes, without gradient."""
+        value = part.detach().clone()
+        if self.count > 1:
+            distributed.all_reduce(value)
+            value /= self.count
+        return value
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace each gradient by its mean over all processes, in one message."""
+        if self.count == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        distributed.all_reduce(flat)
+        flat /= self.count
+        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+@contextmanager
+def join_group(device: torch.device) -> Iterator[Shard]:
+    """Join the processes that `torchrun` started, if it started this one; leave them at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Shard()
+        return
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Shard(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
