@@ -1,0 +1,148 @@
+"""Every Prometheus series of the server, named once. Times are histograms in seconds, events are `_total` counters.
+
+Thread-safe: the engine's device thread and the event loop both write here.
+"""
+
+from collections.abc import Callable
+
+from latentd.v1 import bundle_pb2, model_pb2
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+_REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_BATCH_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_BATCH_ROWS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 48, 64, 128)
+
+
+class Metrics:
+    """The series of one server. Model labels are canonical names, or empty where no model was found."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+
+        self._requests = Counter(
+            "latentd_requests", "Finished requests.", ["method", "model", "code"], registry=registry
+        )
+        self._in_flight = Gauge("latentd_requests_in_flight", "Requests under way.", ["method"], registry=registry)
+        self._duration = Histogram(
+            "latentd_request_duration_seconds",
+            "From a request's arrival to its last message.",
+            ["method", "model"],
+            buckets=_REQUEST_SECONDS,
+            registry=registry,
+        )
+        self._queue_time = Histogram(
+            "latentd_queue_duration_seconds",
+            "From admission to the first batch.",
+            ["method", "model"],
+            buckets=_REQUEST_SECONDS,
+            registry=registry,
+        )
+        self._compute_time = Histogram(
+            "latentd_compute_duration_seconds",
+            "Durations of the batches a request rode in, summed.",
+            ["method", "model"],
+            buckets=_REQUEST_SECONDS,
+            registry=registry,
+        )
+        self._samples = Counter("latentd_samples", "Samples delivered.", ["model"], registry=registry)
+        self._refusals = Counter(
+            "latentd_refusals", "Requests refused before any work was done for them.", ["reason"], registry=registry
+        )
+
+        graph = ["model", "graph"]
+        self._batch_rows = Histogram(
+            "latentd_batch_rows",
+            "Live rows of a network call, padding not counted.",
+            graph,
+            buckets=_BATCH_ROWS,
+            registry=registry,
+        )
+        self._padding_rows = Counter(
+            "latentd_padding_rows", "Rows of network calls that were padding.", graph, registry=registry
+        )
+        self._batch_time = Histogram(
+            "latentd_batch_duration_seconds",
+            "Duration of a network call.",
+            graph,
+            buckets=_BATCH_SECONDS,
+            registry=registry,
+        )
+        self._evaluations = Counter(
+            "latentd_evaluations", "Network evaluations: live rows of network calls.", graph, registry=registry
+        )
+        self._wasted = Counter(
+            "latentd_wasted_evaluations",
+            "Evaluations spent on samples that were cancelled, expired or failed.",
+            registry=registry,
+        )
+        self._backlog = Gauge("latentd_backlog_evaluations", "Evaluations accepted and not yet run.", registry=registry)
+        self._queue_depth = Gauge("latentd_queue_depth", "Jobs accepted and unfinished.", registry=registry)
+        self._model_state = Gauge(
+            "latentd_model_state", "1 for the state a model is in, else 0.", ["model", "state"], registry=registry
+        )
+        self._build = Gauge(
+            "latentd_build_info", "Always 1; what is running.", ["version", "device"], registry=registry
+        )
+
+    def exposition(self) -> bytes:
+        """Everything, in the Prometheus text format."""
+        return generate_latest(self.registry)
+
+    def running(self, version: str, device: str) -> None:
+        """Say what runs, and on what device."""
+        self._build.labels(version, device).set(1)
+
+    def watch(self, backlog: Callable[[], float], queue_depth: Callable[[], float]) -> None:
+        """Read two gauges from the engine whenever somebody scrapes."""
+        self._backlog.set_function(backlog)
+        self._queue_depth.set_function(queue_depth)
+
+    def request_began(self, method: str) -> None:
+        """Count a request in."""
+        self._in_flight.labels(method).inc()
+
+    def request_ended(self, method: str, model: str, code: str, seconds: float) -> None:
+        """Count a request out, with the name of its gRPC code."""
+        self._in_flight.labels(method).dec()
+        self._requests.labels(method, model, code).inc()
+        self._duration.labels(method, model).observe(seconds)
+
+    def request_cost(self, method: str, model: str, queue_s: float, compute_s: float) -> None:
+        """Record what an answered request cost."""
+        self._queue_time.labels(method, model).observe(queue_s)
+        self._compute_time.labels(method, model).observe(compute_s)
+
+    def samples_delivered(self, model: str, count: int) -> None:
+        """Count samples sent as results."""
+        self._samples.labels(model).inc(count)
+
+    def refused(self, reason: str) -> None:
+        """Count a refusal, by `ErrorInfo.reason`."""
+        self._refusals.labels(reason).inc()
+
+    def batch_ran(
+        self, model: str, role: bundle_pb2.Network.Role.ValueType, live_rows: int, padded_rows: int, seconds: float
+    ) -> None:
+        """Record one network call of `live_rows` rows that was padded up to `padded_rows` rows in all."""
+        graph = bundle_pb2.Network.Role.Name(role).removeprefix("ROLE_").lower()
+        self._batch_rows.labels(model, graph).observe(live_rows)
+        self._padding_rows.labels(model, graph).inc(padded_rows - live_rows)
+        self._batch_time.labels(model, graph).observe(seconds)
+        self._evaluations.labels(model, graph).inc(live_rows)
+
+    def evaluations_wasted(self, count: int) -> None:
+        """Count evaluations whose result nobody will get."""
+        self._wasted.inc(count)
+
+    def model_state(self, model: str, state: model_pb2.Model.State.ValueType) -> None:
+        """Record the state a model is in now."""
+        for value in model_pb2.Model.State.values():
+            if value != model_pb2.Model.STATE_UNSPECIFIED:
+                name = model_pb2.Model.State.Name(value).removeprefix("STATE_")
+                self._model_state.labels(model, name).set(value == state)
