@@ -74,15 +74,35 @@ class DrainingError(ServingError):
         self.retry_after_s = retry_after_s
 
 
+class QuotaExceededError(ServingError):
+    """The caller holds as much as one caller may; nothing was accepted."""
+
+    def __init__(self, subject: str, description: str) -> None:
+        super().__init__(description)
+        self.subject = subject
+        self.description = description
+
+
 class DeadlineError(ServingError):
-    """The deadline passed, or cannot be met."""
+    """The deadline passed."""
+
+    def __init__(self, description: str = "the deadline passed before the answer was ready") -> None:
+        super().__init__(description)
+
+
+class DeadlineUnreachableError(DeadlineError):
+    """The deadline cannot be met; nothing was accepted."""
+
+    def __init__(self, estimate_s: float, left_s: float) -> None:
+        super().__init__(f"the answer would take about {estimate_s:.3g} s and {max(0.0, left_s):.3g} s are left")
+        self.estimate_s = estimate_s
 
 
 class CancelledError(ServingError):
     """The caller gave up."""
 
-    def __init__(self) -> None:
-        super().__init__("cancelled by the caller")
+    def __init__(self, description: str = "cancelled by the caller") -> None:
+        super().__init__(description)
 
 
 class RuntimeFailureError(ServingError):
