@@ -1,0 +1,210 @@
+"""From a trained model to a bundle on disk: export each network, prove it equal to torch, write everything at once."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import safetensors.torch
+import torch
+from latentd import names
+from latentd.digest import bundle_digest
+from latentd.v1 import bundle_pb2, model_pb2, tensor_pb2
+
+from latentd_trainer import bundle as bundles
+from latentd_trainer import onnx_graph, parity
+from latentd_trainer.bundle import BundleError
+from latentd_trainer.contract import bundle_violations, role_name
+from latentd_trainer.data import DataInfo
+from latentd_trainer.onnx_graph import GraphError
+from latentd_trainer.spec import Graph, GraphInput, Role, ServingSpec, Source
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Where the weights come from: what the bundle's card and record say, and `verify` rebuilds the networks from."""
+
+    family: str  # a key of `families.FAMILIES`
+    config: Mapping[str, Any]  # the family's configuration, as JSON
+    info: DataInfo
+    seed: int
+    end_time: datetime  # with its time zone
+
+
+def run(
+    spec: ServingSpec,
+    training: Training,
+    *,
+    models: Path,
+    name: str,
+    version: int | None = None,
+    license: str = "Apache-2.0",
+    replace: bool = False,
+) -> Path:
+    """Write `models/NAME/VERSION/` and return it; the next free version if none is given.
+
+    Beside the graphs it holds the weights served (`checkpoint.safetensors`) and how they came about
+    (`record.json`), for `verify`; a server ignores both.
+
+    Raises:
+        GraphError: a network cannot be exported, breaks the contract, or differs from torch by more than
+            `parity.ROW_TOLERANCE`; the message names the graph, the input and what was expected.
+        BundleError: the spec cannot be served as it is, or the version exists and `replace` is not set.
+    """
+    if not names.is_name(name):
+        raise BundleError(f"{name!r} is no model name; it must match {names.NAME_PATTERN}, as digits-vae does")
+    version = version or bundles.next_version(models, name)
+    directory = models / name / str(version)
+    if directory.exists() and not replace:
+        raise BundleError(f"{directory} exists; give another version, or --force to replace it")
+    bundle = _declare(spec, training, f"{name}@{version}", license)
+    if violations := bundle_violations(bundle):
+        raise BundleError("the model cannot be served as it is:\n" + "\n".join(f"- {each}" for each in violations))
+
+    files: dict[str, bytes] = {}
+    proofs: dict[str, Any] = {}
+    for graph, network in zip(spec.graphs, bundle.networks, strict=True):
+        data, proofs[role_name(graph.role)] = _export_graph(graph, network, bundle.model)
+        files[network.file] = data
+        network.sha256 = bundles.sha256(data)
+    bundle.model.digest = bundle_digest(bundle)
+    record = {
+        "family": training.family,
+        "config": dict(training.config),
+        "data": dataclasses.asdict(training.info),
+        "seed": training.seed,
+        "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": ort.__version__},
+        "opset": onnx_graph.OPSET,
+        "parity": proofs,
+    }
+    files[bundles.CHECKPOINT_FILE] = safetensors.torch.save(weights(spec))
+    files[bundles.RECORD_FILE] = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+    bundles.write(directory, bundle, files, replace=replace)
+    return directory
+
+
+def weights(spec: ServingSpec) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of every graph's module, under `ROLE.` and their own name, on the CPU."""
+    return {
+        f"{role_name(graph.role)}.{key}": tensor.detach().cpu().contiguous().clone()
+        for graph in spec.graphs
+        for key, tensor in graph.module.state_dict().items()
+    }
+
+
+def load_weights(spec: ServingSpec, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put what `weights` returned back into the modules of an equally built spec.
+
+    Raises:
+        GraphError: tensors are missing, left over or of another shape.
+    """
+    for graph in spec.graphs:
+        prefix = f"{role_name(graph.role)}."
+        state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        try:
+            graph.module.load_state_dict(state)
+        except RuntimeError as error:
+            raise GraphError(f"{role_name(graph.role)}: the checkpoint does not fit the network: {error}") from error
+
+
+def _declare(spec: ServingSpec, training: Training, reference: str, license: str) -> bundle_pb2.Bundle:
+    """The bundle's message, all but the digests of its files."""
+    low, high = spec.sample_range
+    model = model_pb2.Model(
+        name=reference,
+        family=spec.family,
+        methods=spec.methods,
+        sample_spec=_tensor_spec(spec.sample_shape, low=low, high=high),
+        latent_spec=_tensor_spec(spec.latent_shape) if spec.latent_shape else None,
+        class_names=training.info.class_names,
+        class_probabilities=training.info.class_probabilities,
+        diffusion=spec.diffusion,
+        card=model_pb2.ModelCard(
+            description=spec.description,
+            license=license,
+            dataset=training.info.name,
+            reference_uri=spec.reference_uri,
+        ),
+    )
+    model.card.train_time.FromDatetime(training.end_time)
+    networks = [
+        bundle_pb2.Network(
+            role=graph.role,
+            file=f"{role_name(graph.role)}.onnx",
+            inputs=[
+                bundle_pb2.NetworkInput(
+                    name=entry.name, source=entry.source, spec=_input_spec(entry, graph.role, model)
+                )
+                for entry in graph.inputs
+            ],
+            outputs=[
+                bundle_pb2.NetworkOutput(name=result.name, meaning=result.meaning, spec=_tensor_spec(result.shape))
+                for result in graph.outputs
+            ],
+        )
+        for graph in spec.graphs
+    ]
+    return bundle_pb2.Bundle(format_version=names.BUNDLE_FORMAT_VERSION, model=model, networks=networks)
+
+
+def _input_spec(entry: GraphInput, role: int, model: model_pb2.Model) -> model_pb2.TensorSpec:
+    """Type, shape and, where the values are bounded, range of an input."""
+    low = high = 0.0
+    if entry.source == Source.SOURCE_SAMPLE and role != Role.ROLE_DENOISER:  # noisy samples have no bound
+        low, high = model.sample_spec.min_value, model.sample_spec.max_value
+    elif entry.source == Source.SOURCE_TIMESTEP:
+        high = len(model.diffusion.alphas) - 1
+    elif entry.source == Source.SOURCE_CLASS_LABEL:
+        low = -1.0 if model.diffusion.guidance_supported else 0.0  # -1 is the unconditional network
+        high = len(model.class_names) - 1
+    elif entry.source == Source.SOURCE_UNIFORM_NOISE:
+        high = 1.0
+    return _tensor_spec(entry.shape, entry.data_type, low, high)
+
+
+def _tensor_spec(
+    shape: Sequence[int],
+    data_type: tensor_pb2.DataType.ValueType = tensor_pb2.DATA_TYPE_FLOAT32,
+    low: float = 0.0,
+    high: float = 0.0,
+) -> model_pb2.TensorSpec:
+    return model_pb2.TensorSpec(data_type=data_type, shape=shape, min_value=low, max_value=high)
+
+
+def _export_graph(graph: Graph, network: bundle_pb2.Network, model: model_pb2.Model) -> tuple[bytes, dict[str, Any]]:
+    """The `.onnx` file of one network, and the figures that prove it equal to torch."""
+    role = role_name(graph.role)
+    example = parity.random_rows(network, onnx_graph.EXAMPLE_BATCH)
+    graph.module.cpu()
+    exported = onnx_graph.to_onnx(graph, list(example.values()))
+    if violations := onnx_graph.graph_violations(exported, network):
+        raise GraphError(f"{role}: the exported graph cannot be served: " + "; ".join(violations))
+    data = onnx_graph.serialize(exported)
+    session = parity.open_session(data)
+
+    proof: dict[str, Any] = {"deviation": parity.worst_deviation(graph.module, session, network)}
+    for output, worst in proof["deviation"].items():
+        if not worst <= parity.ROW_TOLERANCE:
+            raise GraphError(
+                f"{role}: output {output!r} differs from torch by {worst:.2g} at some batch size of "
+                f"{', '.join(map(str, parity.BATCH_SIZES))}; at most {parity.ROW_TOLERANCE:g} is allowed"
+            )
+    if graph.role == Role.ROLE_DENOISER:
+        proof["chain_deviation"] = parity.chain_deviation(graph.module, session, network, model)
+        if not proof["chain_deviation"] <= parity.CHAIN_TOLERANCE:
+            raise GraphError(
+                f"{role}: samples after {parity.CHAIN_STEPS} steps differ from torch by "
+                f"{proof['chain_deviation']:.2g}; at most {parity.CHAIN_TOLERANCE:g} is allowed"
+            )
+    proof["row_invariant"] = parity.row_invariant(session, network)
+    if not proof["row_invariant"]:
+        _log.warning("%s: a row's bytes depend on the batch it rides in; equal seeds will not give equal bytes", role)
+    return data, proof
