@@ -4,18 +4,28 @@ Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 
 64 bits and counts in four words: (block of four elements, step, sample, purpose). Rows of different requests
 are drawn in one call and do not see each other, so a sample's noise is the same alone and in any batch.
 
-The map from integers to normals is ours, because NumPy promises neither its own streams across versions nor
-equal bytes of `log` and `exp` across CPUs. It uses only operations that IEEE 754 rounds exactly (+ - * / sqrt)
-and integer ones, so its bytes hold wherever float64 does.
+The map from integers to normals is in `normal_quantile.py`; like Philox it uses exactly rounded operations only,
+so that the bytes depend neither on NumPy's version nor on the CPU.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-UINT64 = NDArray[np.uint64]
-FLOAT64 = NDArray[np.float64]
+from latentd_server.normal_quantile import normal_quantile
+
+Indices = NDArray[np.int64]
+Words = NDArray[np.uint64]  # 32-bit words, held in 64 bits so that their products fit
+
+_WORD = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
+_KEY_INCREMENTS = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
+_ROUNDS = 10
+_BLOCKS_PER_CHUNK = 4096  # what is computed at once stays in a core's caches
 
 
 class Purpose(IntEnum):
@@ -30,9 +40,7 @@ class Purpose(IntEnum):
     FORWARD = 6  # q(x_t | x0)
 
 
-def normals(
-    seeds: NDArray[np.int64], samples: NDArray[np.int64], steps: NDArray[np.int64], purpose: Purpose, size: int
-) -> NDArray[np.float32]:
+def normals(seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose, size: int) -> NDArray[np.float32]:
     """Draw from N(0, 1).
 
     Args:
@@ -48,18 +56,16 @@ def normals(
     Raises:
         ValueError: the arrays are not of one length, or an index is out of range.
     """
-    raise NotImplementedError
+    return _draw(seeds, samples, steps, purpose, size, lambda words: normal_quantile(_midpoints(words)))
 
 
-def uniforms(
-    seeds: NDArray[np.int64], samples: NDArray[np.int64], steps: NDArray[np.int64], purpose: Purpose, size: int
-) -> NDArray[np.float32]:
+def uniforms(seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose, size: int) -> NDArray[np.float32]:
     """Draw from U[0, 1), on a grid of 2**-24. Arguments, shapes and errors are those of `normals`."""
-    raise NotImplementedError
+    return _draw(seeds, samples, steps, purpose, size, lambda words: (words >> np.uint64(8)) * 2.0**-24)
 
 
-def labels(seed: int, samples: NDArray[np.int64], cumulative: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Draw one class label a sample from p(label).
+def labels(seed: int, samples: Indices, cumulative: NDArray[np.float64]) -> Indices:
+    """Draw one class label a sample from p(label), by the inverse of its distribution function.
 
     Args:
         seed: i64.
@@ -68,5 +74,66 @@ def labels(seed: int, samples: NDArray[np.int64], cumulative: NDArray[np.float64
 
     Returns:
         [n] i64 in [0, c); a class of probability zero is never drawn.
+
+    Raises:
+        ValueError: an index is out of range.
     """
-    raise NotImplementedError
+    seeds = np.full(samples.shape, seed, dtype=np.int64)
+    steps = np.zeros_like(samples)
+    _check(seeds, samples, steps)
+    rows = np.arange(len(samples))
+    words = _blocks(seeds, samples, steps, Purpose.LABEL, rows, np.zeros_like(rows))
+    drawn: Indices = np.searchsorted(cumulative, _midpoints(words[0]) * cumulative[-1], side="right")
+    return drawn
+
+
+def philox(counter: Words, key: Words) -> Words:
+    """Philox4x32-10, element by element: [4, k] counter words and [2, k] key words give [4, k] random words."""
+    even, odd = counter[0::2], counter[1::2]
+    for round_index in range(_ROUNDS):
+        product: Words = even * _MULTIPLIERS
+        round_key = (key + np.uint64(round_index) * _KEY_INCREMENTS) & _WORD
+        even, odd = (product >> _HALF)[::-1] ^ odd ^ round_key, (product & _WORD)[::-1]
+    return np.stack([even, odd], axis=1).reshape(counter.shape)
+
+
+def _draw(
+    seeds: Indices,
+    samples: Indices,
+    steps: Indices,
+    purpose: Purpose,
+    size: int,
+    convert: Callable[[Words], NDArray[Any]],
+) -> NDArray[np.float32]:
+    _check(seeds, samples, steps)
+    blocks_per_row = -(-size // 4)
+    total = len(seeds) * blocks_per_row
+    values = np.empty((total, 4), dtype=np.float32)
+    for start in range(0, total, _BLOCKS_PER_CHUNK):
+        stop = min(start + _BLOCKS_PER_CHUNK, total)
+        rows, blocks = np.divmod(np.arange(start, stop), blocks_per_row)
+        words = _blocks(seeds, samples, steps, purpose, rows, blocks)
+        values[start:stop] = convert(words.ravel()).reshape(words.shape).T
+    return np.ascontiguousarray(values.reshape(len(seeds), 4 * blocks_per_row)[:, :size])
+
+
+def _blocks(
+    seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose, rows: Indices, blocks: Indices
+) -> Words:
+    """The random words [4, k] of block blocks[i] of row rows[i]."""
+    keys = seeds.view(np.uint64)[rows]
+    counter = np.stack([blocks, steps[rows], samples[rows], np.full_like(rows, purpose)]).view(np.uint64)
+    return philox(counter, np.stack([keys & _WORD, keys >> _HALF]))
+
+
+def _midpoints(words: Words) -> NDArray[np.float64]:
+    """The middles of 2**32 equal parts of (0, 1); exact in float64, and never 0, 1/2 or 1."""
+    return (words.astype(np.float64) + 0.5) * 2.0**-32
+
+
+def _check(seeds: Indices, samples: Indices, steps: Indices) -> None:
+    if not seeds.shape == samples.shape == steps.shape:
+        raise ValueError("seeds, samples and steps must be of one length")
+    for name, indices in (("samples", samples), ("steps", steps)):
+        if indices.size and not (indices.min() >= 0 and indices.max() < 2**31):
+            raise ValueError(f"{name} must be from 0 to {2**31 - 1}")
