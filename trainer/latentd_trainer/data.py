@@ -132,7 +132,7 @@ def _assemble(
 
         counts = np.bincount(labels, minlength=len(class_names))
         if counts.min() < 2:
-            few = [class_names[label] for label in np.flatnonzero(counts < 2)]
+            few = [class_names[label] for label in np.flatnonzero(counts < 2).tolist()]
             raise DataError(f"{name}: every class needs at least 2 images; too few in: {', '.join(few)}")
         test_count = max(len(class_names), math.ceil(len(labels) * TEST_SHARE))
         kept, held_out = train_test_split(

@@ -23,7 +23,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def warm_up_then_cosine(step: int, step_count: int, warm_up_steps: int) -> float:
-    """Factor of the learning rate: from 0 to 1 in a line, then back to 0 along half a cosine (SGDR, arXiv 1608.03983)."""
+    """Factor of the learning rate: up to 1 in a line, then down to 0 along half a cosine (SGDR, arXiv 1608.03983)."""
     if step < warm_up_steps:
         return (step + 1) / warm_up_steps
     progress = (step - warm_up_steps) / max(1, step_count - warm_up_steps)
@@ -76,5 +76,6 @@ class Average:
     def update(self, step: int) -> None:
         """Move towards the source's weights, after its step number `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, weights = list(self.module.parameters()), list(self.source.parameters())
+        averages: list[torch.Tensor] = list(self.module.parameters())
+        weights: list[torch.Tensor] = list(self.source.parameters())
         torch._foreach_lerp_(averages, weights, 1 - decay)

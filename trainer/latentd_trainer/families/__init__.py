@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -54,6 +55,7 @@ class Moment:
     step_count: int
     generator: torch.Generator  # on the CPU
     shard: Shard
+    autocast: Callable[[], AbstractContextManager[object]]  # for the networks' forward passes
 
 
 class Family(ABC):
@@ -127,7 +129,7 @@ def parse_settings(config_type: type[Any], settings: Mapping[str, str]) -> Any:
         if name not in fields:
             problems.append(f"unknown setting {name!r}: must be one of {', '.join(fields)}")
             continue
-        kind = type(fields[name].default)
+        kind: type[Any] = type(fields[name].default)
         try:
             values[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):

@@ -1,0 +1,206 @@
+"""Denoising diffusion, conditioned on the class.
+
+Ho, Jain, Abbeel: Denoising diffusion probabilistic models, arXiv 2006.11239 (DDPM).
+
+    forward      q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I), alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)  (eq. 4)
+    loss         E |target - network(alpha_t x_0 + sigma_t eps, t, y)|^2                                        (eq. 14)
+    target       eps; or v = alpha_t eps - sigma_t x_0 (Salimans, Ho, arXiv 2202.00512, appendix D); or x_0
+    schedules    abar linear in beta (DDPM, section 4); cosine (Nichol, Dhariwal, arXiv 2102.09672, eq. 17)
+    guidance     the label is dropped from some rows, so that one network learns p(x | y) and p(x)
+                 (Ho, Salimans, arXiv 2207.12598)
+    sampling     x_s = alpha_s x_0 + sqrt(sigma_s^2 - tau^2) eps + tau z, with the estimates x_0 and eps at t > s,
+                 tau = eta sigma_s / sigma_t sqrt(1 - abar_t / abar_s) (DDIM, arXiv 2010.02502, eq. 12, 16);
+                 eta 1 is DDPM, eta 0 draws no noise
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from latentd.names import SAMPLERS
+from latentd.v1 import model_pb2, tensor_pb2
+from numpy.typing import NDArray
+from torch import Tensor
+
+from latentd_trainer.data import DataInfo
+from latentd_trainer.families import Batch, Family, Moment, setting
+from latentd_trainer.nets import UNet
+from latentd_trainer.optimization import Average, Updater, warm_up_then_cosine
+from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
+
+PREDICTIONS = {
+    "eps": model_pb2.DiffusionSpec.PREDICTION_EPSILON,
+    "v": model_pb2.DiffusionSpec.PREDICTION_V,
+    "x0": model_pb2.DiffusionSpec.PREDICTION_SAMPLE,
+}
+SCHEDULES = ("cosine", "linear")
+DEFAULT_SAMPLER = "ddpm"
+DEFAULT_STEP_COUNT = 50
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Settings of diffusion training; the defaults are the recipe for digits."""
+
+    steps: int = setting(1500, "training steps")
+    batch_size: int = setting(64, "images a step, over all processes")
+    learning_rate: float = setting(2e-3, "peak rate of AdamW")
+    warm_up_steps: int = setting(100, "steps in which the rate grows from 0, before it falls along a cosine")
+    weight_decay: float = setting(1e-4, "weight decay of AdamW")
+    clip_norm: float = setting(1.0, "largest norm of a gradient")
+    width: int = setting(32, "channels of the U-Net at full size, a multiple of 8")
+    timestep_count: int = setting(1000, "T, the length of the schedule")
+    schedule: str = setting("cosine", "noise schedule: cosine or linear")
+    prediction: str = setting("v", "what the network predicts: eps, v or x0")
+    label_dropout: float = setting(0.15, "share of rows trained without their label; 0 makes guidance impossible")
+    average_decay: float = setting(0.998, "decay of the moving average of the weights, which is what is served")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.schedule not in SCHEDULES:
+            problems.append(f"schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
+        if self.prediction not in PREDICTIONS:
+            problems.append(f"prediction={self.prediction!r}: must be one of {', '.join(PREDICTIONS)}")
+        if self.width < 8 or self.width % 8:
+            problems.append(f"width={self.width}: must be a multiple of 8")
+        if self.timestep_count < 2:
+            problems.append(f"timestep_count={self.timestep_count}: must be at least 2")
+        if not 0 <= self.label_dropout <= 1:
+            problems.append(f"label_dropout={self.label_dropout}: must be from 0 to 1")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def cumulative_alphas(schedule: str, timestep_count: int) -> NDArray[np.float64]:
+    """abar_t for t = 0 .. T - 1, least noisy first ([T] f64)."""
+    if schedule == "linear":
+        scale = 1000 / timestep_count
+        betas = np.linspace(scale * 1e-4, scale * 0.02, timestep_count)
+    else:
+        edges = np.cos((np.arange(timestep_count + 1) / timestep_count + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = 1 - edges[1:] / edges[:-1]
+    return np.cumprod(1 - np.minimum(betas, 0.999))
+
+
+class Diffusion(Family):
+    """A U-Net that predicts the noise in an image, its average, and AdamW."""
+
+    config_type = DiffusionConfig
+    config: DiffusionConfig
+
+    def __init__(self, config: DiffusionConfig, info: DataInfo) -> None:
+        super().__init__(config, info)
+        network = UNet(info.shape, config.width, config.timestep_count, len(info.class_names))
+        optimizer = torch.optim.AdamW(
+            network.parameters(), config.learning_rate, (0.9, 0.99), weight_decay=config.weight_decay, fused=True
+        )
+        self.network = network
+        self.modules = {"denoiser": network}
+        self.averages = {"denoiser": Average(network, config.average_decay)}
+        self.updaters = {"denoiser": Updater(network, optimizer, config.clip_norm)}
+        cumulative = cumulative_alphas(config.schedule, config.timestep_count)
+        self.alphas, self.sigmas = np.sqrt(cumulative), np.sqrt(1 - cumulative)
+
+    def step(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+        """One step of AdamW on the loss, at timesteps spread evenly over the global batch. Loss: `loss`."""
+        count, generator, rows = len(batch.images) * moment.shard.count, moment.generator, moment.shard.rows
+        device = batch.images.device
+        # One timestep from each of `count` equal parts of the schedule (VDM, arXiv 2107.00630, appendix I.1).
+        offset = torch.rand((), generator=generator, dtype=torch.float64)
+        strata = (offset + torch.arange(count, dtype=torch.float64) / count) % 1
+        timesteps = (strata[torch.randperm(count, generator=generator)] * self.config.timestep_count).long()
+        noise = torch.randn((count, *self.info.shape), generator=generator)
+        dropped = torch.rand(count, generator=generator) < self.config.label_dropout
+        timestep, eps = rows(timesteps).to(device), rows(noise).to(device)
+        label = torch.where(rows(dropped).to(device), -1, batch.labels)
+
+        alpha, sigma = (self._at(levels, timestep) for levels in (self.alphas, self.sigmas))
+        noisy = alpha * batch.images + sigma * eps
+        target = {"eps": eps, "v": alpha * eps - sigma * batch.images, "x0": batch.images}[self.config.prediction]
+        with moment.autocast():
+            prediction = self.network(noisy, timestep, label)
+        loss = (prediction.float() - target).square().mean()
+        factor = warm_up_then_cosine(moment.step, moment.step_count, self.config.warm_up_steps)
+        self.updaters["denoiser"].apply(loss, moment, factor)
+        self.averages["denoiser"].update(moment.step)
+        return {"loss": loss.detach()}
+
+    def sample(self, labels: Tensor, seed: int, *, step_count: int = DEFAULT_STEP_COUNT, eta: float = 1.0) -> Tensor:
+        """See `Family.sample`; descends in `step_count` steps of DDIM with `eta`, the estimate of x_0 clipped."""
+        device = next(self.network.parameters()).device
+        network = self.averages["denoiser"].module
+        generator = torch.Generator().manual_seed(seed)
+        descent = np.round(np.arange(self.config.timestep_count, 0, -self.config.timestep_count / step_count)) - 1
+        timesteps = descent.astype(np.int64).tolist()
+        x = self.sigmas[timesteps[0]] * torch.randn((len(labels), *self.info.shape), generator=generator)
+        with torch.no_grad():
+            for t, s in zip(timesteps, [*timesteps[1:], None], strict=True):
+                rows = torch.full((len(labels),), t, device=device)
+                prediction = network(x.to(device), rows, labels.to(device)).cpu()
+                x0, eps = self._estimates(x, prediction, self.alphas[t], self.sigmas[t])
+                if s is None:
+                    return x0
+                fresh = eta * self.sigmas[s] / self.sigmas[t] * math.sqrt(1 - (self.alphas[t] / self.alphas[s]) ** 2)
+                kept = math.sqrt(self.sigmas[s] ** 2 - fresh**2)
+                x = self.alphas[s] * x0 + kept * eps + fresh * torch.randn(x.shape, generator=generator)
+        raise ValueError("step_count must be at least 1")
+
+    def serving_spec(self) -> ServingSpec:
+        """A denoiser; every sampler walks with it, and an image's latent is its noise at the last timestep."""
+        shape = self.info.shape
+        denoiser = Graph(
+            role=Role.ROLE_DENOISER,
+            module=self.averages["denoiser"].module,
+            inputs=(
+                GraphInput("sample", Source.SOURCE_SAMPLE, shape),
+                GraphInput("timestep", Source.SOURCE_TIMESTEP, (), tensor_pb2.DATA_TYPE_INT64),
+                GraphInput("label", Source.SOURCE_CLASS_LABEL, (), tensor_pb2.DATA_TYPE_INT64),
+            ),
+            outputs=(GraphOutput("prediction", Meaning.MEANING_PREDICTION, shape),),
+        )
+        spec = model_pb2.DiffusionSpec(
+            alphas=self.alphas.tolist(),
+            sigmas=self.sigmas.tolist(),
+            samplers=[DEFAULT_SAMPLER, *(name for name in SAMPLERS if name != DEFAULT_SAMPLER)],
+            prediction=PREDICTIONS[self.config.prediction],
+            clip_denoised=True,
+            default_step_count=min(DEFAULT_STEP_COUNT, self.config.timestep_count),
+            guidance_supported=self.config.label_dropout > 0,
+        )
+        return ServingSpec(
+            family=model_pb2.Model.FAMILY_DIFFUSION,
+            graphs=(denoiser,),
+            methods=(
+                model_pb2.Model.METHOD_SAMPLE,
+                model_pb2.Model.METHOD_ENCODE,
+                model_pb2.Model.METHOD_DECODE,
+                model_pb2.Model.METHOD_DENOISE,
+            ),
+            sample_shape=shape,
+            latent_shape=shape,
+            description=(
+                f"Class-conditional denoising diffusion model: a U-Net that predicts {self.config.prediction}, "
+                f"{self.config.schedule} schedule of {self.config.timestep_count} timesteps."
+            ),
+            reference_uri="https://arxiv.org/abs/2006.11239",
+            diffusion=spec,
+        )
+
+    def _estimates(self, x: Tensor, prediction: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        """x_0, clipped to the range of images, and the eps that goes with it."""
+        if self.config.prediction == "eps":
+            x0 = (x - sigma * prediction) / alpha
+        elif self.config.prediction == "v":
+            x0 = alpha * x - sigma * prediction
+        else:
+            x0 = prediction
+        x0 = x0.clamp(-1, 1)
+        return x0, (x - alpha * x0) / sigma
+
+    def _at(self, levels: NDArray[np.float64], timestep: Tensor) -> Tensor:
+        """Each row's alpha or sigma at its timestep, [n, 1, 1, 1] f32."""
+        table = torch.from_numpy(levels.astype(np.float32)).to(timestep.device)
+        return table[timestep][:, None, None, None]

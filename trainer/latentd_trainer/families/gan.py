@@ -1,0 +1,253 @@
+"""Generative adversarial network, conditioned on the class.
+
+Goodfellow et al.: Generative adversarial nets, arXiv 1406.2661.
+
+    game         min_G max_D  E ln D(x, y) + E ln(1 - D(G(z, y), y)), D = sigmoid(f)                  (eq. 1)
+    minimax      G minimises E ln(1 - D(G(z, y), y)), which vanishes while D is sure of itself
+    nonsaturating  G maximises E ln D(G(z, y), y) instead                                             (section 3)
+    hinge        D minimises E max(0, 1 - f(x, y)) + E max(0, 1 + f(G(z, y), y)), G minimises -E f(G(z, y), y)
+                 (Lim, Ye, arXiv 1705.02894)
+    projection   f(x, y) = a(phi(x)) + <embedding of y, phi(x)> (Miyato, Koyama, arXiv 1802.05637, eq. 3)
+    R1           D also pays gamma / 2 E |grad_x f(x, y)|^2 on real images (Mescheder et al., arXiv 1801.04406, eq. 9),
+                 every few steps and as much heavier (StyleGAN2, arXiv 1912.04958, section 3.1)
+    shifts       D sees all images, real and generated, moved by random whole pixels through which gradients pass
+                 (Zhao et al., arXiv 2006.10738)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from latentd.v1 import model_pb2, tensor_pb2
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latentd_trainer.data import DataInfo
+from latentd_trainer.families import Batch, Family, Moment, setting
+from latentd_trainer.nets import ImageToVector, VectorToImage
+from latentd_trainer.optimization import Average, Updater
+from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
+
+LOSSES = ("nonsaturating", "minimax", "hinge")
+
+
+@dataclass(frozen=True)
+class GanConfig:
+    """Settings of GAN training; the defaults are the recipe for digits."""
+
+    steps: int = setting(1500, "training steps, of both networks")
+    batch_size: int = setting(64, "images a step, over all processes")
+    learning_rate: float = setting(2e-4, "rate of both Adams")
+    loss: str = setting("nonsaturating", "the game: nonsaturating, minimax or hinge")
+    gradient_penalty: float = setting(1.0, "gamma, the weight of R1; 0 is none")
+    penalty_interval: int = setting(4, "steps from one R1 to the next")
+    largest_shift: int = setting(1, "pixels by which images move before the discriminator; 0 is none")
+    width: int = setting(32, "channels of the networks at full size, a multiple of 8")
+    hidden: int = setting(128, "width of the discriminator's linear layer")
+    latent: int = setting(32, "dimensions of z")
+    label_width: int = setting(16, "width of the label's embedding in the generator")
+    average_decay: float = setting(0.998, "decay of the generator's moving average, which is what is served")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.loss not in LOSSES:
+            problems.append(f"loss={self.loss!r}: must be one of {', '.join(LOSSES)}")
+        if self.width < 8 or self.width % 8:
+            problems.append(f"width={self.width}: must be a multiple of 8")
+        problems += [
+            f"{name}={getattr(self, name)}: must be at least {least}"
+            for name, least in (
+                ("gradient_penalty", 0),
+                ("penalty_interval", 1),
+                ("largest_shift", 0),
+                ("hidden", 1),
+                ("latent", 1),
+                ("label_width", 1),
+            )
+            if getattr(self, name) < least
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def discriminator_loss(loss: str, real: Tensor, fake: Tensor) -> Tensor:
+    """What the discriminator minimises, from its logits f on real and generated images ([n] f32 each)."""
+    if loss == "hinge":
+        return functional.relu(1 - real).mean() + functional.relu(1 + fake).mean()
+    return functional.softplus(-real).mean() + functional.softplus(fake).mean()
+
+
+def generator_loss(loss: str, fake: Tensor) -> Tensor:
+    """What the generator minimises, from the discriminator's logits f on generated images ([n] f32)."""
+    if loss == "hinge":
+        return -fake.mean()
+    if loss == "minimax":
+        return -functional.softplus(fake).mean()
+    return functional.softplus(-fake).mean()
+
+
+def shifted(images: Tensor, shifts: Tensor, largest: int) -> Tensor:
+    """Images ([n, C, H, W] f32) moved by whole pixels, with -1 where nothing was; gradients pass through.
+
+    Args:
+        images: what is moved.
+        shifts: [n, 2] i64, downwards and to the right, from -largest to largest.
+        largest: the largest shift.
+    """
+    count, channels, height, width = images.shape
+    padded = functional.pad(images, (largest,) * 4, value=-1.0)
+    top, left = (largest - shifts).unbind(dim=1)
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = left[:, None] + torch.arange(width, device=images.device)
+    index = rows[:, :, None] * (width + 2 * largest) + columns[:, None, :]
+    index = index.reshape(count, 1, height * width).expand(count, channels, -1)
+    return padded.flatten(2).gather(2, index).view_as(images)
+
+
+class Generator(nn.Module):
+    """z and labels to images: [n, latent] f32, [n] i64 -> [n, C, H, W] f32 in [-1, 1]."""
+
+    def __init__(self, shape: tuple[int, int, int], width: int, latent: int, label_width: int, classes: int) -> None:
+        super().__init__()
+        self.embed_label = nn.Embedding(classes, label_width)
+        self.trunk = VectorToImage(latent + label_width, shape, width, shape[0])
+
+    def forward(self, latent: Tensor, label: Tensor) -> Tensor:
+        """See the class."""
+        return torch.tanh(self.trunk(torch.cat([latent, self.embed_label(label)], dim=1)))
+
+
+class Discriminator(nn.Module):
+    """Images and labels to the logit f of being real: [n, C, H, W] f32, [n] i64 -> [n] f32."""
+
+    def __init__(self, shape: tuple[int, int, int], width: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.trunk = ImageToVector(shape, width, hidden, nn.LeakyReLU(0.2))
+        self.realness = nn.Linear(hidden, 1)
+        self.embed_label = nn.Embedding(classes, hidden)
+        nn.init.normal_(self.embed_label.weight, std=hidden**-0.5)
+
+    def forward(self, images: Tensor, label: Tensor) -> Tensor:
+        """See the class."""
+        features = self.trunk(images)
+        logit: Tensor = self.realness(features)[:, 0] + (self.embed_label(label) * features).sum(dim=1)
+        return logit
+
+
+class RealProbabilityGraph(nn.Module):
+    """What is served as the scorer: (sample, label) -> D, the probability of being real."""
+
+    def __init__(self, discriminator: nn.Module) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, sample: Tensor, label: Tensor) -> Tensor:
+        """See the class."""
+        return torch.sigmoid(self.discriminator(sample, label))
+
+
+class Gan(Family):
+    """Generator, its average, discriminator, and an Adam for each."""
+
+    config_type = GanConfig
+    config: GanConfig
+
+    def __init__(self, config: GanConfig, info: DataInfo) -> None:
+        super().__init__(config, info)
+        classes = len(info.class_names)
+        self.generator = Generator(info.shape, config.width, config.latent, config.label_width, classes)
+        self.discriminator = Discriminator(info.shape, config.width, config.hidden, classes)
+        self.modules = {"generator": self.generator, "discriminator": self.discriminator}
+        self.averages = {"generator": Average(self.generator, config.average_decay)}
+        self.updaters = {
+            name: Updater(
+                module, torch.optim.Adam(module.parameters(), config.learning_rate, betas=(0.0, 0.99), fused=True)
+            )
+            for name, module in self.modules.items()
+        }
+
+    def step(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+        """One step of the discriminator, then one of the generator. Losses: `discriminator`, `generator`, `penalty`."""
+        labels, loss = batch.labels, self.config.loss
+        with moment.autocast():
+            with torch.no_grad():
+                fake = self.generator(self._noise(batch, moment), labels)
+            real_logit = self._judge(batch.images, labels, batch, moment)
+            fake_logit = self._judge(fake.float(), labels, batch, moment)
+        discriminator = discriminator_loss(loss, real_logit.float(), fake_logit.float())
+        losses = {"discriminator": discriminator.detach()}
+        if self.config.gradient_penalty and moment.step % self.config.penalty_interval == 0:
+            penalty = self._gradient_penalty(batch)
+            losses["penalty"] = penalty.detach()
+            weight = self.config.gradient_penalty / 2 * self.config.penalty_interval
+            discriminator = discriminator + weight * penalty
+        self.updaters["discriminator"].apply(discriminator, moment)
+
+        with moment.autocast():
+            fake = self.generator(self._noise(batch, moment), labels)
+            fake_logit = self._judge(fake.float(), labels, batch, moment)
+        generator = generator_loss(loss, fake_logit.float())
+        self.updaters["generator"].apply(generator, moment)
+        self.averages["generator"].update(moment.step)
+        return losses | {"generator": generator.detach()}
+
+    def sample(self, labels: Tensor, seed: int) -> Tensor:
+        """See `Family.sample`."""
+        generator = self.averages["generator"].module
+        device = next(generator.parameters()).device
+        latent = torch.randn((len(labels), self.config.latent), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            images: Tensor = generator(latent.to(device), labels.to(device)).cpu()
+        return images
+
+    def serving_spec(self) -> ServingSpec:
+        """The generator as decoder, the discriminator as scorer."""
+        shape, latent = self.info.shape, (self.config.latent,)
+        label = GraphInput("label", Source.SOURCE_CLASS_LABEL, (), tensor_pb2.DATA_TYPE_INT64)
+        graphs = (
+            Graph(
+                role=Role.ROLE_DECODER,
+                module=self.averages["generator"].module,
+                inputs=(GraphInput("latent", Source.SOURCE_LATENT, latent), label),
+                outputs=(GraphOutput("image", Meaning.MEANING_SAMPLE, shape),),
+            ),
+            Graph(
+                role=Role.ROLE_SCORER,
+                module=RealProbabilityGraph(self.discriminator).eval(),
+                inputs=(GraphInput("sample", Source.SOURCE_SAMPLE, shape), label),
+                outputs=(GraphOutput("real_probability", Meaning.MEANING_REAL_PROBABILITY, ()),),
+            ),
+        )
+        return ServingSpec(
+            family=model_pb2.Model.FAMILY_GAN,
+            graphs=graphs,
+            methods=(model_pb2.Model.METHOD_SAMPLE, model_pb2.Model.METHOD_DECODE, model_pb2.Model.METHOD_SCORE),
+            sample_shape=shape,
+            latent_shape=latent,
+            description=(
+                f"Class-conditional generative adversarial network: {self.config.loss} loss, projection "
+                f"discriminator, {self.config.latent} latent dimensions."
+            ),
+            reference_uri="https://arxiv.org/abs/1406.2661",
+        )
+
+    def _noise(self, batch: Batch, moment: Moment) -> Tensor:
+        count = len(batch.images) * moment.shard.count
+        noise = torch.randn((count, self.config.latent), generator=moment.generator)
+        return moment.shard.rows(noise).to(batch.images.device)
+
+    def _judge(self, images: Tensor, labels: Tensor, batch: Batch, moment: Moment) -> Tensor:
+        largest = self.config.largest_shift
+        if largest:
+            count = len(batch.images) * moment.shard.count
+            shifts = torch.randint(-largest, largest + 1, (count, 2), generator=moment.generator)
+            images = shifted(images, moment.shard.rows(shifts).to(images.device), largest)
+        logit: Tensor = self.discriminator(images, labels)
+        return logit
+
+    def _gradient_penalty(self, batch: Batch) -> Tensor:
+        """E |grad_x f(x, y)|^2 over this process's real images, [] f32; in fp32, for it is differentiated twice."""
+        images = batch.images.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(self.discriminator(images, batch.labels).sum(), images, create_graph=True)
+        return gradient.square().flatten(1).sum(dim=1).mean()
