@@ -11,6 +11,8 @@ A lane is one sample of a job. An evaluation is one row of one network call; a g
 rows, hence two evaluations, per step.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +97,7 @@ class CallJob:
     """Rows of one request for one graph."""
 
     model: str  # canonical name
-    role: int  # bundle_pb2.Network.Role
+    role: bundle_pb2.Network.Role.ValueType
     lane_count: int
     feeds: Mapping[str, Array | Noise]  # by graph input; arrays are [n, *spec]
     outputs: tuple[str, ...]  # graph outputs to report; input names are reported as they were fed
@@ -119,11 +121,11 @@ Job = StepJob | CallJob
 
 @dataclass(slots=True)
 class Cost:
-    """What lanes have cost so far; sums over the batches they rode in."""
+    """What lanes have cost: sums over the batches they rode in, together."""
 
     queue_s: float = 0.0  # from admission to the first batch
     compute_s: float = 0.0
-    evaluations: int = 0
+    evaluations: int = 0  # network rows, of all the lanes together
     batches: int = 0
     rows: int = 0  # live rows of those batches, summed; rows / batches is the mean batch size
 

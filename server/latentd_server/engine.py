@@ -1,0 +1,305 @@
+"""The engine: owns the device's thread, the clock and the only loop.
+
+Handlers submit jobs on the event loop; the device thread plans, runs and completes batches; what came of a
+batch goes back to the event loop in one hop. The two sides meet in a queue of commands and in nothing else.
+"""
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+from latentd.v1 import bundle_pb2
+
+from latentd_server.failures import DeadlineError, DrainingError, OverloadedError, RuntimeFailureError, ServingError
+from latentd_server.job import Event, Failed, Finished, Job, Preview, StepJob
+from latentd_server.runners import Outcome, Runner
+from latentd_server.scheduler import Batch, Entry, GraphKey, Scheduler, Segment
+
+Sink = Callable[[Event], None]
+
+log = logging.getLogger(__name__)
+
+
+class EngineMetrics(Protocol):
+    """What the engine reports."""
+
+    def batch_ran(
+        self, model: str, role: bundle_pb2.Network.Role.ValueType, live_rows: int, padded_rows: int, seconds: float
+    ) -> None:
+        """One network call."""
+
+    def evaluations_wasted(self, count: int) -> None:
+        """Evaluations whose result nobody gets."""
+
+
+class Engine:
+    """Runs jobs on one device. Public methods belong to the event loop's thread."""
+
+    def __init__(
+        self,
+        metrics: EngineMetrics,
+        *,
+        max_rows: int,
+        max_backlog: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`max_rows` is the largest batch; `max_backlog` the evaluations that may be accepted and not yet run."""
+        self._metrics = metrics
+        self._max_backlog = max_backlog
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._sinks: dict[int, Sink] = {}
+        self._models: dict[int, str] = {}  # of the unfinished jobs
+        self._waiters: dict[str, asyncio.Event] = {}
+        self._ids = itertools.count(1)
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._backlog = 0
+        self._backlog_lock = threading.Lock()
+        self._evaluations_per_s = 0.0  # a running mean, for retry hints
+        # From here on: the device thread's own.
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._runners: dict[GraphKey, Runner] = {}
+        self._scheduler = Scheduler(max_rows)
+        self._outbox: list[tuple[int, Event]] = []
+        self._thread = threading.Thread(target=self._run, name="latentd-device", daemon=True)
+        self._thread.start()
+
+    # ---- the event loop's side -------------------------------------------------------------------------------
+
+    @property
+    def backlog(self) -> int:
+        """Evaluations accepted and not yet run."""
+        return self._backlog
+
+    @property
+    def queue_depth(self) -> int:
+        """Jobs accepted and unfinished."""
+        return len(self._sinks)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new work is refused."""
+        return self._draining
+
+    def submit(self, job: Job, *, caller: str, deadline: float | None, sink: Sink) -> int:
+        """Accept a job. `sink` gets its events on the event loop, in order, until the last.
+
+        Raises:
+            DrainingError: the server is shutting down.
+            DeadlineError: the deadline has passed already.
+            OverloadedError: the backlog has no room for it; says when to try again.
+        """
+        now = self._clock()
+        if self._draining:
+            raise DrainingError
+        if deadline is not None and deadline <= now:
+            raise DeadlineError("the deadline has passed before the request was admitted")
+        evaluations = job.lane_count * job.evaluations_per_lane
+        with self._backlog_lock:
+            # An idle server takes any job that the door let in, however large.
+            if self._backlog and self._backlog + evaluations > self._max_backlog:
+                raise OverloadedError(self._backlog, self._max_backlog, self._retry_after_s())
+            self._backlog += evaluations
+        job_id = next(self._ids)
+        self._sinks[job_id] = sink
+        self._models[job_id] = job.model
+        self._idle.clear()
+        self._commands.put(lambda: self._admit(job_id, job, caller, now, deadline))
+        return job_id
+
+    def cancel(self, job_id: int) -> None:
+        """Give a job up: its lanes ride in no later batch and its sink hears no more."""
+        if self._forget_sink(job_id):
+            self._commands.put(lambda: self._drop(job_id))
+
+    def pause(self, job_id: int) -> None:
+        """Let a job's lanes sit out until `resume`; its deadline goes on."""
+        self._commands.put(lambda: self._scheduler.pause(job_id, True))
+
+    def resume(self, job_id: int) -> None:
+        """Let a paused job's lanes ride again."""
+        self._commands.put(lambda: self._scheduler.pause(job_id, False))
+
+    def drain(self) -> None:
+        """Refuse new work from now on; what was accepted is finished."""
+        self._draining = True
+
+    async def drained(self) -> None:
+        """Wait until no accepted job is unfinished."""
+        await self._idle.wait()
+
+    async def finished(self, model: str) -> None:
+        """Wait until no accepted job of a model is unfinished."""
+        while model in self._models.values():
+            await self._waiters.setdefault(model, asyncio.Event()).wait()
+
+    def attach(self, runners: dict[GraphKey, Runner]) -> None:
+        """Take over the graphs of a model that is about to be served."""
+        self._commands.put(lambda: self._runners.update(runners))
+
+    def detach(self, model: str) -> None:
+        """Let go of a model's graphs; its last job must be over."""
+        self._commands.put(lambda: self._let_go(model))
+
+    async def close(self) -> None:
+        """Stop the device thread after the batch under way. Unfinished jobs are not told."""
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _retry_after_s(self) -> float:
+        """When the backlog may have shrunk by half, within sensible bounds."""
+        if not self._evaluations_per_s:
+            return 1.0
+        return min(30.0, max(0.05, self._backlog / 2 / self._evaluations_per_s))
+
+    def _forget_sink(self, job_id: int) -> bool:
+        known = self._sinks.pop(job_id, None) is not None
+        waiter = self._waiters.pop(self._models.pop(job_id, ""), None)
+        if waiter is not None:
+            waiter.set()
+        if not self._sinks:
+            self._idle.set()
+        return known
+
+    def _deliver(self, events: list[tuple[int, Event]]) -> None:
+        for job_id, event in events:
+            sink = self._sinks.get(job_id)
+            if sink is None:
+                continue  # cancelled while its batch ran
+            if isinstance(event, Failed) or (isinstance(event, Finished) and event.last):
+                self._forget_sink(job_id)
+            try:
+                sink(event)
+            except Exception:
+                log.exception("a sink failed; its job is given up")
+                self.cancel(job_id)
+
+    # ---- the device thread's side ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._take_commands():
+            for job_id in self._scheduler.expired(self._clock()):
+                self._fail(job_id, DeadlineError("the deadline passed before the request was finished"))
+            batch = self._scheduler.plan(self._clock())
+            if batch is not None:
+                self._ride(batch)
+            self._post()
+
+    def _take_commands(self) -> bool:
+        """Carry out what has been asked for, waiting for it if there is nothing else to do; False to stop."""
+        block = not self._scheduler.can_ride
+        timeout = None
+        if block and (deadline := self._scheduler.next_deadline_s()) is not None:
+            timeout = max(0.0, deadline - self._clock())
+        while True:
+            try:
+                command = self._commands.get(block, timeout)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            block, timeout = False, None
+
+    def _admit(self, job_id: int, job: Job, caller: str, now: float, deadline: float | None) -> None:
+        self._scheduler.add(job_id, job, caller, now, deadline)
+
+    def _let_go(self, model: str) -> None:
+        self._runners = {key: runner for key, runner in self._runners.items() if key[0] != model}
+
+    def _ride(self, batch: Batch) -> None:
+        runner = self._runners.get(batch.key)
+        started = self._clock()
+        failures: dict[int, ServingError] = {}
+        try:
+            if runner is None:
+                raise LookupError(f"no graph {batch.key} on the device")
+            outcomes = runner.run(batch.segments)
+        except Exception:
+            log.exception("a batch of %s failed; its segments are run again one by one", batch.key[0])
+            outcomes = self._ride_alone(runner, batch, failures)
+        seconds = self._clock() - started
+        rows = batch.rows
+        self._count(-rows)
+        rate = rows / max(seconds, 1e-9)
+        self._evaluations_per_s += (rate - self._evaluations_per_s) * (0.1 if self._evaluations_per_s else 1.0)
+        padded = runner.padded(rows) if runner else rows
+        self._metrics.batch_ran(batch.key[0], batch.key[1], rows, padded, seconds)
+        moved = self._scheduler.complete(batch, seconds)
+        for (segment, done), outcome in zip(moved, outcomes, strict=True):
+            if segment.entry.job_id not in failures:
+                self._report(segment, done, outcome)
+        for job_id, error in failures.items():
+            self._fail(job_id, error)
+
+    def _ride_alone(self, runner: Runner | None, batch: Batch, failures: dict[int, ServingError]) -> list[Outcome]:
+        """One bad row must not fail its neighbours: every segment gets a call of its own."""
+        outcomes = []
+        for segment in batch.segments:
+            outcome = Outcome()
+            if runner is None or segment.entry.job_id in failures:
+                failures.setdefault(segment.entry.job_id, RuntimeFailureError(batch.key[0]))
+            else:
+                try:
+                    (outcome,) = runner.run([segment])
+                except Exception:
+                    log.exception("job %d of %s failed alone", segment.entry.job_id, batch.key[0])
+                    failures[segment.entry.job_id] = RuntimeFailureError(batch.key[0])
+            outcomes.append(outcome)
+        return outcomes
+
+    def _report(self, segment: Segment, done: bool, outcome: Outcome) -> None:
+        entry, cohort = segment.entry, segment.cohort
+        lanes = np.arange(cohort.start, cohort.stop)
+        if done:
+            assert outcome.outputs is not None
+            cost = replace(cohort.cost, evaluations=cohort.cost.evaluations * cohort.count)
+            last = entry.is_over
+            self._outbox.append((entry.job_id, Finished(lanes, outcome.outputs, cost, last)))
+            if last:
+                self._forget(entry)
+        elif outcome.preview is not None:
+            assert isinstance(entry.job, StepJob)
+            table = entry.job.tables[0]
+            steps = int(table.completed_steps[cohort.position - 1])
+            self._outbox.append((entry.job_id, Preview(lanes, steps, table.step_count, outcome.preview)))
+
+    def _fail(self, job_id: int, error: ServingError) -> None:
+        self._drop(job_id)
+        self._outbox.append((job_id, Failed(error)))
+
+    def _drop(self, job_id: int) -> None:
+        """Take an unfinished job off the books."""
+        entry = self._scheduler.find(job_id)
+        if entry is None:
+            return
+        self._count(-entry.outstanding)
+        self._metrics.evaluations_wasted(self._forget(entry))
+
+    def _forget(self, entry: Entry) -> int:
+        runner = self._runners.get(entry.key)
+        if runner is not None:
+            runner.forget(entry.job_id)
+        return self._scheduler.remove(entry.job_id)
+
+    def _count(self, change: int) -> None:
+        with self._backlog_lock:
+            self._backlog += change
+
+    def _post(self) -> None:
+        """One hop to the event loop for all that a batch brought."""
+        if self._outbox:
+            events, self._outbox = self._outbox, []
+            try:
+                self._loop.call_soon_threadsafe(self._deliver, events)
+            except RuntimeError:  # the loop is closed: the process is going down and nobody listens
+                log.warning("the event loop is gone; %d events are dropped", len(events))

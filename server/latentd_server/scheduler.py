@@ -1,0 +1,294 @@
+"""Who rides in the next batch. Pure: no clock, no thread, no gRPC, no ONNX Runtime.
+
+There are no samplers and no requests here, only lanes that want one evaluation. `plan` decides which lanes
+ride, the engine runs them, `complete` moves them on; all three are plain calls on plain data, so that a
+simulator can drive them with any clock.
+
+The rules:
+
+* Work-conserving. While any lane may ride, `plan` returns a batch; it never waits for a batch to fill.
+* One batch evaluates one graph. Graphs with work share the device's time equally.
+* Within a graph, callers share every batch equally (max-min fair, in rows, which are evaluations; the least
+  served goes first where rows are too few, and being away gains no credit). Within a caller, jobs ride in
+  order of arrival. Within a job, the lanes that are furthest along ride first, so that started work finishes.
+* Lanes of one job move in cohorts: ranges of lanes that stand at the same evaluation. A cohort splits when the
+  batch has no room for all of it.
+* A cancelled, expired or paused job rides in no later batch. What it had been given is wasted, and counted.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from latentd.v1 import bundle_pb2
+
+from latentd_server.job import CallJob, Cost, Job, StepJob
+
+GraphKey: TypeAlias = "tuple[str, bundle_pb2.Network.Role.ValueType]"
+"""Canonical model name and `Network.Role`: what a batch is of."""
+
+
+@dataclass(slots=True)
+class Cohort:
+    """Lanes start..stop of a job, all about to take evaluation `position`."""
+
+    start: int
+    stop: int
+    position: int
+    cost: Cost = field(default_factory=Cost)  # of each lane
+
+    @property
+    def count(self) -> int:
+        """How many lanes it has."""
+        return self.stop - self.start
+
+    def split(self, count: int) -> "Cohort":
+        """Take the first `count` lanes out."""
+        head = Cohort(self.start, self.start + count, self.position, replace(self.cost))
+        self.start += count
+        return head
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A job on the scheduler's books."""
+
+    job_id: int
+    job: Job
+    caller: str
+    admitted_s: float
+    deadline_s: float | None
+    cohorts: list[Cohort]  # waiting to ride, furthest along first
+    riding: int = 0  # lanes in the batch under way
+    paused: bool = False
+    gone: bool = False  # cancelled or expired while riding
+
+    key: GraphKey = field(init=False)
+    evaluation_count: int = field(init=False)  # of one lane's walk
+
+    def __post_init__(self) -> None:
+        self.key = graph_key(self.job)
+        self.evaluation_count = len(self.job.tables[0].timesteps) if isinstance(self.job, StepJob) else 1
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows its waiting lanes would take if all of them rode now."""
+        return sum(cohort.count for cohort in self.cohorts) * self.job.rows_per_lane
+
+    @property
+    def outstanding(self) -> int:
+        """Evaluations still to be run for its waiting lanes."""
+        steps = sum(cohort.count * (self.evaluation_count - cohort.position) for cohort in self.cohorts)
+        return steps * self.job.rows_per_lane
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no lane is left to ride or riding."""
+        return not self.cohorts and not self.riding
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Lanes of one job that ride in a batch side by side, at the same evaluation."""
+
+    entry: Entry
+    cohort: Cohort
+
+    @property
+    def rows(self) -> int:
+        """Rows it takes in the call."""
+        return self.cohort.count * self.entry.job.rows_per_lane
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one network call evaluates."""
+
+    key: GraphKey
+    segments: list[Segment]
+
+    @property
+    def rows(self) -> int:
+        """Live rows, padding not counted."""
+        return sum(segment.rows for segment in self.segments)
+
+
+@dataclass(slots=True)
+class _Queue:
+    """The work of one graph."""
+
+    served: float = 0.0  # seconds of the device
+    entries: dict[int, Entry] = field(default_factory=dict)  # in order of arrival
+    callers: dict[str, float] = field(default_factory=dict)  # rows served to each caller at work
+
+    def runnable(self) -> dict[str, list[Entry]]:
+        """Entries with lanes that may ride, by caller, in order of arrival."""
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries.values():
+            if entry.cohorts and not entry.paused:
+                found.setdefault(entry.caller, []).append(entry)
+        return found
+
+
+def graph_key(job: Job) -> GraphKey:
+    """The graph a job's evaluations are of."""
+    return (job.model, job.role if isinstance(job, CallJob) else bundle_pb2.Network.ROLE_DENOISER)
+
+
+class Scheduler:
+    """The books: every accepted and unfinished job, and whose turn it is."""
+
+    def __init__(self, max_rows: int) -> None:
+        if max_rows < 2:
+            raise ValueError(f"max_rows must be at least 2, since a guided lane takes two rows; got {max_rows}")
+        self._max_rows = max_rows
+        self._queues: dict[GraphKey, _Queue] = {}
+        self._entries: dict[int, Entry] = {}
+
+    def __repr__(self) -> str:
+        lines = (
+            f"{entry.job_id}:{'paused ' if entry.paused else ''}"
+            + ",".join(f"{c.start}-{c.stop}@{c.position}" for c in entry.cohorts)
+            for entry in self._entries.values()
+        )
+        return f"Scheduler({'; '.join(lines)})"
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, job_id: int, job: Job, caller: str, now_s: float, deadline_s: float | None = None) -> Entry:
+        """Put a job on the books."""
+        entry = Entry(job_id, job, caller, now_s, deadline_s, [Cohort(0, job.lane_count, 0)])
+        queue = self._queues.setdefault(entry.key, _Queue())
+        # No credit for time away: a newcomer starts level with the least served of those at work.
+        if not queue.entries:
+            busy = (other.served for other in self._queues.values() if other.entries)
+            queue.served = max(queue.served, min(busy, default=0.0))
+        if caller not in queue.callers:
+            queue.callers[caller] = min(queue.callers.values(), default=0.0)
+        queue.entries[job_id] = entry
+        self._entries[job_id] = entry
+        return entry
+
+    def remove(self, job_id: int) -> int:
+        """Take a job off the books, finished or not; returns the evaluations spent on its unfinished lanes."""
+        entry = self._entries.pop(job_id, None)
+        if entry is None:
+            return 0
+        entry.gone = True
+        wasted = sum(cohort.count * cohort.cost.evaluations for cohort in entry.cohorts)
+        entry.cohorts.clear()
+        queue = self._queues[entry.key]
+        del queue.entries[job_id]
+        if not any(other.caller == entry.caller for other in queue.entries.values()):
+            del queue.callers[entry.caller]
+        return wasted
+
+    def find(self, job_id: int) -> Entry | None:
+        """A job on the books."""
+        return self._entries.get(job_id)
+
+    @property
+    def can_ride(self) -> bool:
+        """Whether `plan` would return a batch."""
+        return any(entry.cohorts and not entry.paused for entry in self._entries.values())
+
+    def pause(self, job_id: int, paused: bool) -> None:
+        """Let a job's lanes sit out, or ride again."""
+        if job_id in self._entries:
+            self._entries[job_id].paused = paused
+
+    def expired(self, now_s: float) -> list[int]:
+        """Jobs whose deadline has passed."""
+        return [
+            entry.job_id
+            for entry in self._entries.values()
+            if entry.deadline_s is not None and entry.deadline_s <= now_s
+        ]
+
+    def next_deadline_s(self) -> float | None:
+        """When the next job expires, if nothing else happens."""
+        return min((e.deadline_s for e in self._entries.values() if e.deadline_s is not None), default=None)
+
+    def plan(self, now_s: float) -> Batch | None:
+        """The next batch, or None if no lane may ride. The lanes in it ride until `complete`."""
+        ready = [(queue, callers) for queue in self._queues.values() if (callers := queue.runnable())]
+        if not ready:
+            return None
+        queue, callers = min(ready, key=lambda item: item[0].served)
+        segments: list[Segment] = []
+        left = self._max_rows
+        for name, rows in self._allot(queue, callers).items():
+            riders = _board(callers[name], rows)
+            segments += riders
+            left -= sum(segment.rows for segment in riders)
+        for name in sorted(callers, key=queue.callers.__getitem__):  # rows that nobody's lanes fitted exactly
+            riders = _board(callers[name], left)
+            segments += riders
+            left -= sum(segment.rows for segment in riders)
+        for segment in segments:
+            queue.callers[segment.entry.caller] += segment.rows
+            segment.entry.riding += segment.cohort.count
+            if segment.cohort.position == 0:
+                segment.cohort.cost.queue_s = now_s - segment.entry.admitted_s
+        return Batch(segments[0].entry.key, segments)
+
+    def _allot(self, queue: "_Queue", callers: dict[str, list[Entry]]) -> dict[str, int]:
+        """Rows for each caller: one lane's worth each, the least served first, then equal shares of the rest."""
+        left = self._max_rows
+        allotted: dict[str, int] = {}
+        for name in sorted(callers, key=queue.callers.__getitem__):
+            rows = callers[name][0].job.rows_per_lane
+            if rows <= left:
+                allotted[name] = rows
+                left -= rows
+        wanted = {name: sum(entry.waiting_rows for entry in callers[name]) - rows for name, rows in allotted.items()}
+        for index, name in enumerate(sorted(wanted, key=wanted.__getitem__)):
+            share = min(wanted[name], left // (len(wanted) - index))
+            allotted[name] += share
+            left -= share
+        return allotted
+
+    def complete(self, batch: Batch, seconds: float) -> list[tuple[Segment, bool]]:
+        """Move the riders on by one evaluation, `seconds` after they set off; says which segments are done.
+
+        Segments of jobs removed meanwhile are left out.
+        """
+        self._queues[batch.key].served += seconds
+        live_rows = batch.rows
+        moved: list[tuple[Segment, bool]] = []
+        for segment in batch.segments:
+            entry, cohort = segment.entry, segment.cohort
+            if entry.gone:
+                continue
+            entry.riding -= cohort.count
+            cohort.position += 1
+            cohort.cost.compute_s += seconds
+            cohort.cost.evaluations += entry.job.rows_per_lane
+            cohort.cost.batches += 1
+            cohort.cost.rows += live_rows
+            done = cohort.position == entry.evaluation_count
+            if not done:
+                _insert(entry.cohorts, cohort)
+            moved.append((segment, done))
+        return moved
+
+
+def _board(entries: list[Entry], rows: int) -> list[Segment]:
+    """Seat lanes in up to `rows` rows: one caller's jobs, oldest first, skipping lanes that do not fit."""
+    segments: list[Segment] = []
+    for entry in entries:
+        per_lane = entry.job.rows_per_lane
+        while entry.cohorts and rows >= per_lane:
+            cohort = entry.cohorts[0]
+            count = min(cohort.count, rows // per_lane)
+            segments.append(Segment(entry, entry.cohorts.pop(0) if count == cohort.count else cohort.split(count)))
+            rows -= count * per_lane
+    return segments
+
+
+def _insert(cohorts: list[Cohort], cohort: Cohort) -> None:
+    """Keep the furthest along first, and lanes in order among equals."""
+    index = 0
+    while index < len(cohorts) and (-cohorts[index].position, cohorts[index].start) < (-cohort.position, cohort.start):
+        index += 1
+    cohorts.insert(index, cohort)
