@@ -20,7 +20,7 @@ from latentd.v1 import bundle_pb2
 from latentd_server.failures import DeadlineError, DrainingError, OverloadedError, RuntimeFailureError, ServingError
 from latentd_server.job import Event, Failed, Finished, Job, Preview, StepJob
 from latentd_server.runners import Outcome, Runner
-from latentd_server.scheduler import Batch, Entry, GraphKey, Scheduler, Segment
+from latentd_server.scheduler import Arrival, Batch, Entry, GraphKey, Scheduler
 
 Sink = Callable[[Event], None]
 
@@ -234,10 +234,9 @@ class Engine:
         self._evaluations_per_s += (rate - self._evaluations_per_s) * (0.1 if self._evaluations_per_s else 1.0)
         padded = runner.padded(rows) if runner else rows
         self._metrics.batch_ran(batch.key[0], batch.key[1], rows, padded, seconds)
-        moved = self._scheduler.complete(batch, seconds)
-        for (segment, done), outcome in zip(moved, outcomes, strict=True):
-            if segment.entry.job_id not in failures:
-                self._report(segment, done, outcome)
+        for arrival, outcome in zip(self._scheduler.complete(batch, seconds), outcomes, strict=True):
+            if arrival.segment.entry.job_id not in failures:
+                self._report(arrival, outcome)
         for job_id, error in failures.items():
             self._fail(job_id, error)
 
@@ -257,15 +256,14 @@ class Engine:
             outcomes.append(outcome)
         return outcomes
 
-    def _report(self, segment: Segment, done: bool, outcome: Outcome) -> None:
-        entry, cohort = segment.entry, segment.cohort
+    def _report(self, arrival: Arrival, outcome: Outcome) -> None:
+        entry, cohort = arrival.segment.entry, arrival.segment.cohort
         lanes = np.arange(cohort.start, cohort.stop)
-        if done:
+        if arrival.done:
             assert outcome.outputs is not None
             cost = replace(cohort.cost, evaluations=cohort.cost.evaluations * cohort.count)
-            last = entry.is_over
-            self._outbox.append((entry.job_id, Finished(lanes, outcome.outputs, cost, last)))
-            if last:
+            self._outbox.append((entry.job_id, Finished(lanes, outcome.outputs, cost, arrival.last)))
+            if arrival.last:
                 self._forget(entry)
         elif outcome.preview is not None:
             assert isinstance(entry.job, StepJob)

@@ -60,8 +60,6 @@ class Entry:
     cohorts: list[Cohort]  # waiting to ride, furthest along first
     riding: int = 0  # lanes in the batch under way
     paused: bool = False
-    gone: bool = False  # cancelled or expired while riding
-
     key: GraphKey = field(init=False)
     evaluation_count: int = field(init=False)  # of one lane's walk
 
@@ -110,6 +108,15 @@ class Batch:
     def rows(self) -> int:
         """Live rows, padding not counted."""
         return sum(segment.rows for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A segment after its evaluation."""
+
+    segment: Segment
+    done: bool  # its lanes need no further evaluation
+    last: bool  # and with them the job is over
 
 
 @dataclass(slots=True)
@@ -174,7 +181,6 @@ class Scheduler:
         entry = self._entries.pop(job_id, None)
         if entry is None:
             return 0
-        entry.gone = True
         wasted = sum(cohort.count * cohort.cost.evaluations for cohort in entry.cohorts)
         entry.cohorts.clear()
         queue = self._queues[entry.key]
@@ -248,18 +254,13 @@ class Scheduler:
             left -= share
         return allotted
 
-    def complete(self, batch: Batch, seconds: float) -> list[tuple[Segment, bool]]:
-        """Move the riders on by one evaluation, `seconds` after they set off; says which segments are done.
-
-        Segments of jobs removed meanwhile are left out.
-        """
+    def complete(self, batch: Batch, seconds: float) -> list[Arrival]:
+        """Move the riders on by one evaluation, `seconds` after they set off; one arrival a segment, in order."""
         self._queues[batch.key].served += seconds
         live_rows = batch.rows
-        moved: list[tuple[Segment, bool]] = []
+        arrivals: list[Arrival] = []
         for segment in batch.segments:
             entry, cohort = segment.entry, segment.cohort
-            if entry.gone:
-                continue
             entry.riding -= cohort.count
             cohort.position += 1
             cohort.cost.compute_s += seconds
@@ -269,8 +270,8 @@ class Scheduler:
             done = cohort.position == entry.evaluation_count
             if not done:
                 _insert(entry.cohorts, cohort)
-            moved.append((segment, done))
-        return moved
+            arrivals.append(Arrival(segment, done, done and entry.is_over))
+        return arrivals
 
 
 def _board(entries: list[Entry], rows: int) -> list[Segment]:
