@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from latentd.v1 import model_pb2, tensor_pb2
+from latentd_trainer.checkpoint import RunRecord
 from latentd_trainer.data import DataInfo
-from latentd_trainer.export import Training
+from latentd_trainer.export import write_bundle
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
 from torch import Tensor, nn
 
@@ -97,6 +100,7 @@ Z = GraphInput("z", Source.SOURCE_LATENT, (LATENT,))
 X = GraphInput("x", Source.SOURCE_SAMPLE, SHAPE)
 Y = GraphInput("y", Source.SOURCE_CLASS_LABEL, (), I64)
 MEAN = GraphOutput("sample", Meaning.MEANING_SAMPLE, SHAPE)
+DRAW = GraphOutput("draw", Meaning.MEANING_SAMPLE_DRAW, SHAPE)
 
 
 def vae_spec() -> ServingSpec:
@@ -208,11 +212,39 @@ def tiny_specs() -> dict[str, Callable[[], ServingSpec]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_training() -> Callable[[str], Training]:
-    """Where the tiny models claim to come from."""
+def tiny_record() -> Callable[[str], RunRecord]:
+    """How the tiny model of a family claims to have been trained."""
 
-    def training(family: str) -> Training:
+    def record(family: str) -> RunRecord:
         info = DataInfo("tiny", SHAPE, 17, CLASSES, (0.5, 0.25, 0.25), "0" * 64)
-        return Training(family, {"width": 8}, info, 0, datetime(2026, 1, 2, tzinfo=UTC))
+        return RunRecord(family, {"width": 8}, "/home/of/the/data", info, 0, "float32", 1, 1, {"torch": "2.13.0"})
 
-    return training
+    return record
+
+
+@pytest.fixture(scope="session")
+def write_tiny(
+    tiny_record: Callable[[str], RunRecord],
+) -> Callable[..., Path]:
+    """Export the tiny model of a family, or the given spec, as version 1 of `tiny-FAMILY` under a models directory."""
+
+    def write(models: Path, family: str, spec: ServingSpec | None = None, **options: Any) -> Path:
+        return write_bundle(
+            spec or TINY_SPECS[family](),
+            tiny_record(family),
+            datetime(2026, 1, 2, tzinfo=UTC),
+            models=models,
+            name=f"tiny-{family}",
+            **options,
+        )
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Path]) -> Path:
+    """A models directory with the three tiny bundles; not to be changed."""
+    models = tmp_path_factory.mktemp("models")
+    for family in TINY_SPECS:
+        write_tiny(models, family)
+    return models

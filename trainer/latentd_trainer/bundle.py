@@ -1,18 +1,20 @@
 """Bundle directories, `models/NAME/VERSION/`: read, written whole or not at all, and their card replaced."""
 
 import hashlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.json_format import MessageToJson, Parse, ParseError
 from latentd import names
 from latentd.v1 import bundle_pb2, model_pb2
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 RECORD_FILE = "record.json"
+"""How the model was trained and exported, as JSON; beside it lies its checkpoint."""
 
 
 class BundleError(Exception):
@@ -46,6 +48,34 @@ def read(directory: Path) -> bundle_pb2.Bundle:
         raise BundleError(f"{path}: is not a bundle as proto JSON: {error}") from error
 
 
+def read_record(directory: Path) -> dict[str, Any]:
+    """Read `record.json`.
+
+    Raises:
+        BundleError: there is no such file, or it is not a JSON object.
+    """
+    path = directory / RECORD_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise BundleError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise BundleError(f"{path}: must hold a JSON object, holds {type(record).__name__}")
+    return record
+
+
+def require_free(directory: Path, replace: bool) -> None:
+    """Refuse to write over a version.
+
+    Raises:
+        BundleError: `directory` exists and may not be replaced.
+    """
+    if directory.exists() and not replace:
+        raise BundleError(f"{directory} exists; give another version, or --force to replace it")
+
+
 def write(directory: Path, bundle: bundle_pb2.Bundle, files: Mapping[str, bytes], *, replace: bool = False) -> None:
     """Write a bundle and the files beside it: `directory` is at every moment absent, the old bundle or the new one.
 
@@ -56,8 +86,7 @@ def write(directory: Path, bundle: bundle_pb2.Bundle, files: Mapping[str, bytes]
         BundleError: the version exists already and `replace` is not set.
         OSError: the disk refused; nothing is left behind and what stood before stands.
     """
-    if directory.exists() and not replace:
-        raise BundleError(f"{directory} exists; give another version, or --force to replace it")
+    require_free(directory, replace)
     new_parents = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     # A server lists versions by number, so names that start with a dot are invisible to it.

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from pathlib import Path
 
 from google.protobuf.descriptor import EnumDescriptor
 from latentd import names
@@ -72,6 +73,8 @@ def bundle_violations(bundle: bundle_pb2.Bundle) -> list[str]:
     found += [
         f"networks: {count} graphs are {role_name(role)}s; at most one" for role, count in roles.items() if count > 1
     ]
+    files = Counter(network.file for network in bundle.networks)
+    found += [f"networks: {count} graphs are in {file!r}; one each" for file, count in files.items() if count > 1]
     for network in bundle.networks:
         found += [f"{role_name(network.role)}: {violation}" for violation in _network_violations(network, bundle.model)]
     found += _diffusion_violations(bundle)
@@ -124,7 +127,7 @@ def _method_violations(bundle: bundle_pb2.Bundle) -> list[str]:
         used |= roles & able
         if not roles & able:
             wanted = " or ".join(sorted(role_name(role) for role in able)) or "nothing known"
-            found.append(f"model.methods: {model_pb2.Model.Method.Name(method)} needs a graph that is {wanted}")
+            found.append(f"model.methods: {model_pb2.Model.Method.Name(method)} needs a graph: {wanted}")
     found += [f"{role_name(role)}: no declared method uses this graph" for role in sorted(roles - used)]
     return found
 
@@ -133,6 +136,8 @@ def _network_violations(network: bundle_pb2.Network, model: model_pb2.Model) -> 
     if network.role not in ALLOWED_SOURCES:
         return ["role: unknown to this version"]
     found = []
+    if Path(network.file).name != network.file or not network.file.endswith(".onnx"):
+        found.append(f"file: must be a name in the bundle that ends in .onnx, got {network.file!r}")
     sources = Counter[int](entry.source for entry in network.inputs)
     meanings = Counter[int](entry.meaning for entry in network.outputs)
     for entry in network.inputs:

@@ -4,8 +4,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from latentd.v1 import bundle_pb2, model_pb2, tensor_pb2
 from latentd_trainer import bundle as bundles
 from latentd_trainer import onnx_graph, parity
 from latentd_trainer.bundle import BundleError
+from latentd_trainer.checkpoint import CHECKPOINT_FILE, RunRecord, load_run
 from latentd_trainer.contract import bundle_violations, role_name
 from latentd_trainer.data import DataInfo
 from latentd_trainer.onnx_graph import GraphError
@@ -28,20 +28,8 @@ from latentd_trainer.spec import Graph, GraphInput, Role, ServingSpec, Source
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Training:
-    """Where the weights come from: what the bundle's card and record say, and `verify` rebuilds the networks from."""
-
-    family: str  # a key of `families.FAMILIES`
-    config: Mapping[str, Any]  # the family's configuration, as JSON
-    info: DataInfo
-    seed: int
-    end_time: datetime  # with its time zone
-
-
 def run(
-    spec: ServingSpec,
-    training: Training,
+    run_directory: Path,
     *,
     models: Path,
     name: str,
@@ -49,23 +37,64 @@ def run(
     license: str = "Apache-2.0",
     replace: bool = False,
 ) -> Path:
-    """Write `models/NAME/VERSION/` and return it; the next free version if none is given.
+    """Export what the run in `run_directory` has trained to `models/NAME/VERSION/`; see `write_bundle`.
+
+    Raises:
+        CheckpointError: the run cannot be read.
+        GraphError: see `write_bundle`.
+        BundleError: see `write_bundle`.
+    """
+    trained = load_run(run_directory)
+    return write_bundle(
+        trained.family.serving_spec(),
+        trained.record,
+        datetime.fromtimestamp(int((run_directory / CHECKPOINT_FILE).stat().st_mtime), UTC),
+        models=models,
+        name=name,
+        version=version,
+        license=license,
+        replace=replace,
+    )
+
+
+def write_bundle(
+    spec: ServingSpec,
+    record: RunRecord,
+    train_time: datetime,
+    *,
+    models: Path,
+    name: str,
+    version: int | None = None,
+    license: str = "Apache-2.0",
+    replace: bool = False,
+) -> Path:
+    """Write `models/NAME/VERSION/` and return it.
 
     Beside the graphs it holds the weights served (`checkpoint.safetensors`) and how they came about
     (`record.json`), for `verify`; a server ignores both.
+
+    Args:
+        spec: The networks and what a server must know of them.
+        record: How they were trained.
+        train_time: When training ended, with its time zone.
+        models: The models directory of a server.
+        name: What the model is called.
+        version: Its version; the next free one if not given.
+        license: SPDX identifier of the weights' licence.
+        replace: Whether an existing version may be replaced.
 
     Raises:
         GraphError: a network cannot be exported, breaks the contract, or differs from torch by more than
             `parity.ROW_TOLERANCE`; the message names the graph, the input and what was expected.
         BundleError: the spec cannot be served as it is, or the version exists and `replace` is not set.
+        OSError: the disk refused; what stood before stands.
     """
     if not names.is_name(name):
         raise BundleError(f"{name!r} is no model name; it must match {names.NAME_PATTERN}, as digits-vae does")
     version = version or bundles.next_version(models, name)
     directory = models / name / str(version)
-    if directory.exists() and not replace:
-        raise BundleError(f"{directory} exists; give another version, or --force to replace it")
-    bundle = _declare(spec, training, f"{name}@{version}", license)
+    bundles.require_free(directory, replace)
+    bundle = _declare(spec, record.info, train_time, f"{name}@{version}", license)
     if violations := bundle_violations(bundle):
         raise BundleError("the model cannot be served as it is:\n" + "\n".join(f"- {each}" for each in violations))
 
@@ -76,19 +105,24 @@ def run(
         files[network.file] = data
         network.sha256 = bundles.sha256(data)
     bundle.model.digest = bundle_digest(bundle)
-    record = {
-        "family": training.family,
-        "config": dict(training.config),
-        "data": dataclasses.asdict(training.info),
-        "seed": training.seed,
-        "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": ort.__version__},
-        "opset": onnx_graph.OPSET,
-        "parity": proofs,
-    }
-    files[bundles.CHECKPOINT_FILE] = safetensors.torch.save(weights(spec))
-    files[bundles.RECORD_FILE] = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+    files[CHECKPOINT_FILE] = safetensors.torch.save(weights(spec))
+    files[bundles.RECORD_FILE] = (json.dumps(_record(record, proofs), indent=2) + "\n").encode()
     bundles.write(directory, bundle, files, replace=replace)
     return directory
+
+
+def _record(record: RunRecord, proofs: Mapping[str, Any]) -> dict[str, Any]:
+    """How the bundle came about. Where the data lay is left out; their digest is in."""
+    training = dataclasses.asdict(record)
+    del training["data"]
+    return {
+        **training,
+        "export": {
+            "opset": onnx_graph.OPSET,
+            "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": ort.__version__},
+            "parity": proofs,
+        },
+    }
 
 
 def weights(spec: ServingSpec) -> dict[str, torch.Tensor]:
@@ -115,7 +149,9 @@ def load_weights(spec: ServingSpec, tensors: Mapping[str, torch.Tensor]) -> None
             raise GraphError(f"{role_name(graph.role)}: the checkpoint does not fit the network: {error}") from error
 
 
-def _declare(spec: ServingSpec, training: Training, reference: str, license: str) -> bundle_pb2.Bundle:
+def _declare(
+    spec: ServingSpec, info: DataInfo, train_time: datetime, reference: str, license: str
+) -> bundle_pb2.Bundle:
     """The bundle's message, all but the digests of its files."""
     low, high = spec.sample_range
     model = model_pb2.Model(
@@ -124,17 +160,17 @@ def _declare(spec: ServingSpec, training: Training, reference: str, license: str
         methods=spec.methods,
         sample_spec=_tensor_spec(spec.sample_shape, low=low, high=high),
         latent_spec=_tensor_spec(spec.latent_shape) if spec.latent_shape else None,
-        class_names=training.info.class_names,
-        class_probabilities=training.info.class_probabilities,
+        class_names=info.class_names,
+        class_probabilities=info.class_probabilities,
         diffusion=spec.diffusion,
         card=model_pb2.ModelCard(
             description=spec.description,
             license=license,
-            dataset=training.info.name,
+            dataset=info.name,
             reference_uri=spec.reference_uri,
         ),
     )
-    model.card.train_time.FromDatetime(training.end_time)
+    model.card.train_time.FromDatetime(train_time)
     networks = [
         bundle_pb2.Network(
             role=graph.role,
