@@ -46,10 +46,6 @@ class Row(NamedTuple):
 
     px: float
     pm: float
-    ex: float
-    em: float
-    lo: float
-    hi: float
     a: float = 0.0
     b: float = 0.0
     c: float = 0.0
@@ -58,6 +54,10 @@ class Row(NamedTuple):
     e: float = 0.0
     f: float = 0.0
     g: float = 0.0
+    ex: float = 0.0
+    em: float = 0.0
+    lo: float = -math.inf
+    hi: float = math.inf
 
 
 COLUMNS = Row._fields
@@ -173,9 +173,10 @@ def descent(schedule: Schedule, sampler: str, timesteps: Sequence[int], eta: flo
 def inversion(schedule: Schedule, timesteps: Sequence[int]) -> Table:
     """DDIM inversion from clean data up the reverse of `timesteps`, the list that `descent` walks down.
 
-    The deterministic DDIM step with the levels swapped. As in diffusers' DDIMInverseScheduler the network is told
-    the timestep that the step goes to. A network that predicts x0 says nothing of eps at clean data, so there the
-    first step takes the clean sample for one at the first level: x' = x, unless x0 is clipped.
+    The deterministic DDIM step with the levels swapped, as diffusers' DDIMInverseScheduler does it: the network is
+    told the timestep that the step goes to, because it has never seen clean data. Its eps is read at that level, and
+    x0 = (x - sigma eps) / alpha at the level where x is. So the latent does not depend on what the network predicts;
+    diffusers, which reads v and x0 at the level where x is, differs there (and divides by 0 at clean data for x0).
 
     Raises:
         ValueError: says what is allowed.
@@ -207,11 +208,18 @@ def descent_evaluations(schedule: Schedule, sampler: str, timesteps: Sequence[in
 def inversion_evaluations(schedule: Schedule, timesteps: Sequence[int]) -> Iterator[Evaluation]:
     """What `inversion` tabulates, in float64."""
     rising = timesteps[::-1]
-    for source, target in zip((CLEAN, *rising[:-1]), rising, strict=True):
-        blind = source == CLEAN and schedule.prediction == Prediction.PREDICTION_SAMPLE
-        estimate = _estimate(schedule, *schedule.level(target if blind else source))
-        alpha, sigma = schedule.level(target)
-        yield Evaluation(target, estimate._replace(a=sigma * estimate.ex, b=alpha, d=sigma * estimate.em))
+    for source, target in pairwise((CLEAN, *rising)):
+        alpha, sigma = schedule.level(source)
+        alpha_next, sigma_next = schedule.level(target)
+        told = _estimate(schedule, alpha_next, sigma_next)
+        row = told._replace(
+            px=(1 - sigma * told.ex) / alpha,
+            pm=-sigma * told.em / alpha,
+            a=sigma_next * told.ex,
+            b=alpha_next,
+            d=sigma_next * told.em,
+        )
+        yield Evaluation(target, row)
 
 
 @lru_cache(maxsize=4096)
