@@ -27,9 +27,9 @@ from latentd_server.schedules import Schedule
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Servable:
-    """What the door needs to know of an active model."""
+    """What the door needs to know of an active model. Hashable by identity."""
 
     bundle: bundle_pb2.Bundle
     schedule: Schedule | None  # diffusion models only

@@ -1,0 +1,264 @@
+"""Requests to one-shot models -> `CallJob`s: one evaluation of one graph for every row. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from latentd.v1 import bundle_pb2, generation_service_pb2
+from numpy.typing import NDArray
+
+from latentd_server import noise
+from latentd_server.fields import MAX_INT32, Fields, has_label
+from latentd_server.job import Array, CallJob, Noise
+from latentd_server.noise import Purpose
+from latentd_server.plans import Decoding, Encoding, Limits, OutputForm, SampleHead, Sampling, Scoring
+from latentd_server.wiring import Graph, Meaning, Source, Wiring
+
+Role = bundle_pb2.Network
+ScoreType = generation_service_pb2.ScoreResponse
+
+DEFAULT_DRAW_COUNT = 16
+MAX_SCORE_ROWS = 65_536
+MAX_SCORE_BYTES = 256 * 2**20
+MAX_TEMPERATURE = 1000.0
+
+_SCORES = {
+    Meaning.MEANING_LOG_LIKELIHOOD: ScoreType.TYPE_LOG_LIKELIHOOD,
+    Meaning.MEANING_EVIDENCE_LOWER_BOUND: ScoreType.TYPE_EVIDENCE_LOWER_BOUND,
+    Meaning.MEANING_REAL_PROBABILITY: ScoreType.TYPE_REAL_PROBABILITY,
+}
+_WHY_NOT = "this is no diffusion model"
+
+Feeds = Mapping["bundle_pb2.NetworkInput.Source.ValueType", "Array | Noise | None"]
+
+
+def sample(fields: Fields, request: generation_service_pb2.SampleRequest, head: SampleHead, model: Wiring) -> Sampling:
+    """Latents from the prior, decoded."""
+    fields.absent(request, ("diffusion",), "", _WHY_NOT)
+    resolved, count = head.resolved_request, len(head.indices)
+    resolved.temperature = request.temperature if request.HasField("temperature") else 1.0
+    fields.number(resolved.temperature, "temperature", 0, MAX_TEMPERATURE)
+    graph = model.graphs[Role.ROLE_DECODER]
+    labels = fields.labels(request.condition, count, model, graph)
+    codes = fields.codes(request.condition, count, graph)
+    output = _output(fields, request.output_mode, graph)
+    fields.check()
+    labels = _drawn_unless_given(labels, model, graph, head.seed, head.indices)
+    latent = graph.input(Source.SOURCE_LATENT)
+    values: Feeds = {
+        Source.SOURCE_LATENT: Noise(Purpose.START, scale=resolved.temperature),
+        Source.SOURCE_CLASS_LABEL: labels,
+        Source.SOURCE_CODES: codes,
+    }
+    job = _job(
+        model, graph, values, output.noise, head.seed, head.indices, [output.name, *([latent.name] if latent else [])]
+    )
+    return Sampling(
+        job=job,
+        resolved_request=resolved,
+        determinism_class=model.determinism_class,
+        form=head.form,
+        samples=output.name,
+        latents=latent.name if latent else None,
+        labels=labels,
+    )
+
+
+def encode(
+    fields: Fields,
+    request: generation_service_pb2.EncodeRequest,
+    samples: NDArray[np.float32] | None,
+    model: Wiring,
+) -> Encoding:
+    """Samples to the parameters of q(latent | sample), or to latents where the encoder is a function."""
+    fields.absent(request, ("diffusion", "forward_timestep"), "", _WHY_NOT)
+    graph = model.graphs[Role.ROLE_ENCODER]
+    count = None if samples is None else len(samples)
+    labels = fields.labels(request.condition, count, model, graph)
+    codes = fields.codes(request.condition, count, graph)
+    if graph.takes_label and model.class_count and not has_label(request.condition):
+        fields.reject("condition.class_label", "must be set, or class_labels: this encoder is conditioned on a class")
+    outputs = graph.outputs
+    log_variance = outputs.get(Meaning.MEANING_LATENT_LOG_VARIANCE)
+    bernoulli = Meaning.MEANING_LATENT_PROBABILITY in outputs
+    categorical = Meaning.MEANING_CLASS_PROBABILITY in outputs and not bernoulli
+    seed = request.seed if request.HasField("seed") else None
+    if seed is not None and not (log_variance or bernoulli or categorical or graph.takes_noise):
+        fields.reject("seed", "must be unset: this encoder is a function, with no posterior to draw from")
+    fields.check()
+    assert samples is not None
+    latents = next(outputs[meaning] for meaning in _LATENTS if meaning in outputs)
+    values: Feeds = {
+        Source.SOURCE_SAMPLE: samples,
+        Source.SOURCE_CLASS_LABEL: labels,
+        Source.SOURCE_CODES: codes,
+    }
+    indices = np.arange(len(samples), dtype=np.int64)
+    names = [latents, *([log_variance] if log_variance else [])]
+    job = _job(model, graph, values, Purpose.POSTERIOR, seed or 0, indices, names)
+    return Encoding(job, latents, log_variance, bernoulli, categorical, seed)
+
+
+_LATENTS = (
+    Meaning.MEANING_LATENT_MEAN,
+    Meaning.MEANING_LATENT_PROBABILITY,
+    Meaning.MEANING_CLASS_PROBABILITY,
+)
+
+
+def decode(
+    fields: Fields,
+    request: generation_service_pb2.DecodeRequest,
+    latents: NDArray[np.float32] | None,
+    form: OutputForm,
+    model: Wiring,
+) -> Decoding:
+    """Latents to the mean of p(sample | latent), or to a draw from it."""
+    fields.absent(request, ("diffusion",), "", _WHY_NOT)
+    graph = model.graphs[Role.ROLE_DECODER]
+    count = None if latents is None else len(latents)
+    labels = fields.labels(request.condition, count, model, graph)
+    codes = fields.codes(request.condition, count, graph)
+    output = _output(fields, request.output_mode, graph)
+    if request.output_mode == generation_service_pb2.OUTPUT_MODE_DRAW and not request.HasField("seed"):
+        fields.reject("seed", "must be set for OUTPUT_MODE_DRAW")
+    fields.check()
+    assert latents is not None
+    indices = np.arange(len(latents), dtype=np.int64)
+    values: Feeds = {
+        Source.SOURCE_LATENT: latents,
+        Source.SOURCE_CLASS_LABEL: _drawn_unless_given(labels, model, graph, request.seed, indices),
+        Source.SOURCE_CODES: codes,
+    }
+    return Decoding(_job(model, graph, values, output.noise, request.seed, indices, [output.name]), form, output.name)
+
+
+def score(
+    fields: Fields,
+    request: generation_service_pb2.ScoreRequest,
+    samples: NDArray[np.float32] | None,
+    model: Wiring,
+    limits: Limits,
+) -> Scoring:
+    """Samples to one number each, by way of one row for every (sample, class, draw).
+
+    Without a label a likelihood or a bound is that of p(x) = sum over labels of p(label) p(x | label).
+    """
+    graph = model.graphs[Role.ROLE_SCORER]
+    meaning = next(meaning for meaning in _SCORES if meaning in graph.outputs)
+    count = None if samples is None else len(samples)
+    labels = fields.labels(request.condition, count, model, graph)
+    codes = fields.codes(request.condition, count, graph)
+    summed = graph.takes_label and model.class_count > 0 and not has_label(request.condition)
+    if summed and meaning == Meaning.MEANING_REAL_PROBABILITY:
+        fields.reject("condition.class_label", "must be set, or class_labels: this critic judges samples of a class")
+    classes = np.flatnonzero(np.isfinite(model.log_prior)) if summed else np.zeros(1, np.int64)
+    draw_count = _draw_count(fields, request.draw_count, graph)
+    _check_score_size(fields, count or 1, len(classes), draw_count, model, limits)
+    fields.check()
+    assert samples is not None
+    repeats = len(classes) * draw_count
+    if summed:
+        labels = np.tile(np.repeat(classes, draw_count), len(samples))
+    elif labels is not None:
+        labels = np.repeat(labels, repeats)
+    values: Feeds = {
+        Source.SOURCE_SAMPLE: np.repeat(samples, repeats, axis=0),
+        Source.SOURCE_CLASS_LABEL: labels,
+        Source.SOURCE_CODES: None if codes is None else np.repeat(codes, repeats, axis=0),
+    }
+    indices = np.repeat(np.arange(len(samples), dtype=np.int64), repeats)
+    draws = np.tile(np.arange(draw_count, dtype=np.int64), len(samples) * len(classes))
+    name = graph.outputs[meaning]
+    return Scoring(
+        job=_job(model, graph, values, Purpose.SCORE, request.seed, indices, [name], draws),
+        value=name,
+        type=_SCORES[meaning],
+        row_count=len(samples),
+        draw_count=draw_count,
+        log_prior=model.log_prior[classes] if summed else np.zeros(1),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """Which output holds the samples, and what the graph's noise inputs are drawn for; None feeds them zeros."""
+
+    name: str
+    noise: Purpose | None
+
+
+def _output(fields: Fields, mode: generation_service_pb2.OutputMode.ValueType, graph: Graph) -> _Output:
+    draw = graph.outputs.get(Meaning.MEANING_SAMPLE_DRAW)
+    mean = graph.outputs[Meaning.MEANING_SAMPLE]
+    if mode == generation_service_pb2.OUTPUT_MODE_DRAW:
+        if draw is None:
+            fields.reject("output_mode", "must be unset or MEAN: this decoder is a function, with nothing to draw")
+        return _Output(draw or mean, Purpose.OUTPUT)
+    if mode not in (generation_service_pb2.OUTPUT_MODE_UNSPECIFIED, generation_service_pb2.OUTPUT_MODE_MEAN):
+        fields.reject("output_mode", f"must be unset, MEAN or DRAW; got {mode}")
+    # Beside a draw the mean does not depend on the noise; alone it may (bundle.proto, MEANING_SAMPLE_DRAW).
+    return _Output(mean, None if draw else Purpose.OUTPUT)
+
+
+def _drawn_unless_given(
+    labels: NDArray[np.int64] | None, model: Wiring, graph: Graph, seed: int, indices: NDArray[np.int64]
+) -> NDArray[np.int64] | None:
+    """Labels from p(label) by (seed, sample) where none were given; None for a graph that takes none."""
+    if labels is None and graph.takes_label and model.class_count:
+        return noise.labels(seed, indices, model.cumulative)
+    return labels
+
+
+def _draw_count(fields: Fields, asked: int, graph: Graph) -> int:
+    if graph.takes_noise:
+        return fields.integer(asked, "draw_count", 1, MAX_INT32, default=DEFAULT_DRAW_COUNT) or 1
+    if asked not in (0, 1):
+        fields.reject("draw_count", f"must be 0 or 1: this score is exact, not a Monte Carlo estimate; got {asked}")
+    return 1
+
+
+def _check_score_size(fields: Fields, rows: int, classes: int, draws: int, model: Wiring, limits: Limits) -> None:
+    row_bytes = 4 * max(1, int(np.prod(model.sample.shape)))
+    most = min(MAX_SCORE_ROWS, limits.max_evaluations, MAX_SCORE_BYTES // row_bytes)
+    total = rows * classes * draws
+    if total > most:
+        fields.reject(
+            "draw_count",
+            f"{rows} rows x {classes} classes x {draws} draws make {total} evaluations; "
+            f"at most {most} are allowed in one request",
+        )
+
+
+def _job(
+    model: Wiring,
+    graph: Graph,
+    values: Feeds,
+    purpose: Purpose | None,
+    seed: int,
+    sample_indices: NDArray[np.int64],
+    outputs: list[str],
+    draw_indices: NDArray[np.int64] | None = None,
+) -> CallJob:
+    count = len(sample_indices)
+    feeds: dict[str, Array | Noise] = {}
+    for entry in graph.inputs:
+        value = values.get(entry.source)
+        if value is not None:
+            feeds[entry.name] = value
+        elif entry.source == Source.SOURCE_CLASS_LABEL:
+            feeds[entry.name] = np.full(count, -1, np.int64)
+        elif purpose is None:
+            feeds[entry.name] = np.zeros((count, *entry.shape), np.float32)
+        else:
+            feeds[entry.name] = Noise(purpose, uniform=entry.source == Source.SOURCE_UNIFORM_NOISE)
+    return CallJob(
+        model=model.name,
+        role=graph.role,
+        lane_count=count,
+        feeds=feeds,
+        outputs=tuple(outputs),
+        seed=seed,
+        sample_indices=sample_indices,
+        draw_indices=np.zeros_like(sample_indices) if draw_indices is None else draw_indices,
+    )

@@ -1,0 +1,116 @@
+"""Requests -> plans, or every field violation at once. Pure: one function for each method.
+
+One-shot models are resolved in `calls`, diffusion models in `walks`, client-driven loops in `loops`. Fields that
+mean nothing to the model at hand are violations too: what a caller asked for is done or refused, never ignored.
+
+Every function raises FieldsInvalidError, which lists every violation, and MethodUnsupportedError.
+"""
+
+import numpy as np
+from latentd.v1 import generation_service_pb2, model_pb2
+
+from latentd_server import calls, loops, walks
+from latentd_server.fields import MAX_INT32, Fields
+from latentd_server.job import Servable
+from latentd_server.plans import (
+    Decoding,
+    Denoising,
+    Diffusing,
+    Encoding,
+    Limits,
+    Loop,
+    LoopPosition,
+    SampleHead,
+    Sampling,
+    Scoring,
+)
+from latentd_server.wiring import Wiring, supporting
+
+Model = model_pb2.Model
+
+
+def sample(
+    request: generation_service_pb2.SampleRequest, servable: Servable, fresh_seed: int, limits: Limits
+) -> Sampling:
+    """Resolve Sample; `fresh_seed` is used where the request has none."""
+    model = supporting(servable, Model.METHOD_SAMPLE)
+    fields = Fields()
+    head = _head(fields, request, model, fresh_seed, limits)
+    if model.is_diffusion:
+        return walks.sample(fields, request, head, model, limits)[0]
+    return calls.sample(fields, request, head, model)
+
+
+def encode(request: generation_service_pb2.EncodeRequest, servable: Servable, limits: Limits) -> Encoding | Diffusing:
+    """Resolve Encode."""
+    model = supporting(servable, Model.METHOD_ENCODE)
+    fields = Fields()
+    samples = fields.rows(request.samples, "samples", model.sample, limits.max_samples, is_sample=True)
+    if not model.is_diffusion:
+        return calls.encode(fields, request, samples, model)
+    if request.HasField("forward_timestep"):
+        return walks.diffuse(fields, request, samples, model)
+    return walks.encode(fields, request, samples, model, limits)
+
+
+def decode(request: generation_service_pb2.DecodeRequest, servable: Servable, limits: Limits) -> Decoding:
+    """Resolve Decode."""
+    model = supporting(servable, Model.METHOD_DECODE)
+    fields = Fields()
+    latent = model.latent or model.sample
+    latents = fields.rows(request.latents, "latents", latent, limits.max_samples, is_sample=False)
+    form = fields.form(request.output_data_type, model)
+    if model.is_diffusion:
+        return walks.decode(fields, request, latents, form, model, limits)
+    return calls.decode(fields, request, latents, form, model)
+
+
+def denoise_step(request: generation_service_pb2.DenoiseStepRequest, servable: Servable, limits: Limits) -> Denoising:
+    """Resolve DenoiseStep."""
+    model = supporting(servable, Model.METHOD_DENOISE)
+    return walks.denoise_step(Fields(), request, model, limits)
+
+
+def score(request: generation_service_pb2.ScoreRequest, servable: Servable, limits: Limits) -> Scoring:
+    """Resolve Score."""
+    model = supporting(servable, Model.METHOD_SCORE)
+    fields = Fields()
+    samples = fields.rows(request.samples, "samples", model.sample, limits.max_samples, is_sample=True)
+    return calls.score(fields, request, samples, model, limits)
+
+
+def open_loop(
+    request: generation_service_pb2.SampleRequest, servable: Servable, fresh_seed: int, limits: Limits
+) -> tuple[Loop, LoopPosition]:
+    """Resolve `open_denoise`: as Sample, but the caller takes the steps."""
+    model = supporting(servable, Model.METHOD_DENOISE)
+    fields = Fields()
+    head = _head(fields, request, model, fresh_seed, limits)
+    if request.diffusion.preview_interval_steps:
+        fields.reject("diffusion.preview_interval_steps", "must be 0: every step of a loop is answered")
+    return loops.opened(*walks.sample(fields, request, head, model, limits), model)
+
+
+def _head(
+    fields: Fields,
+    request: generation_service_pb2.SampleRequest,
+    model: Wiring,
+    fresh_seed: int,
+    limits: Limits,
+) -> SampleHead:
+    count = fields.integer(request.sample_count, "sample_count", 1, limits.max_samples, default=1) or 1
+    # Draws are numbered by samples below 2**31.
+    first = fields.integer(request.first_sample_index, "first_sample_index", 0, MAX_INT32 - count + 1) or 0
+    seed = request.seed if request.HasField("seed") else fresh_seed
+    form = fields.form(request.output_data_type, model)
+    resolved = generation_service_pb2.SampleRequest(
+        model=model.name,
+        sample_count=count,
+        seed=seed,
+        output_data_type=form.data_type,
+        output_mode=request.output_mode or generation_service_pb2.OUTPUT_MODE_MEAN,
+        first_sample_index=first,
+    )
+    if request.HasField("condition"):
+        resolved.condition.CopyFrom(request.condition)
+    return SampleHead(resolved, np.arange(first, first + count, dtype=np.int64), seed, form)
