@@ -58,7 +58,7 @@ class Shard:
 @contextmanager
 def join_group(device: torch.device) -> Iterator[Shard]:
     """Join the processes that `torchrun` started, if it started this one; leave them at the end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if process_count() == 1:
         yield Shard()
         return
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -66,3 +66,13 @@ def join_group(device: torch.device) -> Iterator[Shard]:
         yield Shard(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
+
+
+def process_count() -> int:
+    """How many processes `torchrun` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number among those that `torchrun` started on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -116,6 +116,15 @@ def load_family(name: str) -> type[Family]:
     return family
 
 
+def below(config: Any, **least: float) -> list[str]:
+    """A sentence for each of a configuration's fields that is not at least this much."""
+    return [
+        f"{name}={getattr(config, name)}: must be at least {bound}"
+        for name, bound in least.items()
+        if not getattr(config, name) >= bound  # false for NaN too
+    ]
+
+
 def parse_settings(config_type: type[Any], settings: Mapping[str, str]) -> Any:
     """A configuration from `NAME=VALUE` texts; what is not given keeps its default.
 

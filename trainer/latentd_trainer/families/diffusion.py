@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latentd_trainer.data import DataInfo
-from latentd_trainer.families import Batch, Family, Moment, setting
+from latentd_trainer.families import Batch, Family, Moment, below, setting
 from latentd_trainer.nets import UNet
 from latentd_trainer.optimization import Average, Updater, warm_up_then_cosine
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
@@ -59,15 +59,13 @@ class DiffusionConfig:
     average_decay: float = setting(0.998, "decay of the moving average of the weights, which is what is served")
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = below(self, steps=1, batch_size=1, learning_rate=0, warm_up_steps=0, timestep_count=2)
         if self.schedule not in SCHEDULES:
             problems.append(f"schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
         if self.prediction not in PREDICTIONS:
             problems.append(f"prediction={self.prediction!r}: must be one of {', '.join(PREDICTIONS)}")
         if self.width < 8 or self.width % 8:
             problems.append(f"width={self.width}: must be a multiple of 8")
-        if self.timestep_count < 2:
-            problems.append(f"timestep_count={self.timestep_count}: must be at least 2")
         if not 0 <= self.label_dropout <= 1:
             problems.append(f"label_dropout={self.label_dropout}: must be from 0 to 1")
         if problems:

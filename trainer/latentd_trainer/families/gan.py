@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentd_trainer.data import DataInfo
-from latentd_trainer.families import Batch, Family, Moment, setting
+from latentd_trainer.families import Batch, Family, Moment, below, setting
 from latentd_trainer.nets import ImageToVector, VectorToImage
 from latentd_trainer.optimization import Average, Updater
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
@@ -50,23 +50,22 @@ class GanConfig:
     average_decay: float = setting(0.998, "decay of the generator's moving average, which is what is served")
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = below(
+            self,
+            steps=1,
+            batch_size=1,
+            learning_rate=0,
+            gradient_penalty=0,
+            penalty_interval=1,
+            largest_shift=0,
+            hidden=1,
+            latent=1,
+            label_width=1,
+        )
         if self.loss not in LOSSES:
             problems.append(f"loss={self.loss!r}: must be one of {', '.join(LOSSES)}")
         if self.width < 8 or self.width % 8:
             problems.append(f"width={self.width}: must be a multiple of 8")
-        problems += [
-            f"{name}={getattr(self, name)}: must be at least {least}"
-            for name, least in (
-                ("gradient_penalty", 0),
-                ("penalty_interval", 1),
-                ("largest_shift", 0),
-                ("hidden", 1),
-                ("latent", 1),
-                ("label_width", 1),
-            )
-            if getattr(self, name) < least
-        ]
         if problems:
             raise ValueError("; ".join(problems))
 

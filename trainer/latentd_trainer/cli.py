@@ -1,0 +1,193 @@
+"""`latentd-train`: fit, settings, export, evaluate, verify."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from latentd_trainer.families import FAMILIES, load_family, parse_settings
+
+if TYPE_CHECKING:
+    from latentd_trainer.checkpoint import RunRecord
+    from latentd_trainer.data import Dataset
+
+app = typer.Typer(
+    help="Train deep generative models and write the bundles that latentd serves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console()
+errors = Console(stderr=True)
+
+FamilyName = Annotated[str, typer.Argument(metavar="FAMILY", help=f"One of {', '.join(FAMILIES)}.")]
+
+
+def _fail(message: object, status: int) -> NoReturn:
+    errors.print(f"latentd-train: {message}", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(status)
+
+
+@app.command()
+def fit(
+    family: FamilyName,
+    out: Annotated[Path, typer.Option(help="Directory of the run: record, checkpoint, log, pictures.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="`digits` (embedded, the default), an .npz file, IDX files (the MNIST format) or a folder of images "
+            "whose subfolders are classes."
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps; the default is the family's.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the family, see `latentd-train settings`."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the weights, the order of the data and all noise; 0 by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto (CUDA where there is a device), cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 (the default), or on a CUDA device bf16 or fp16 with fp32 weights.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each process; 1 by default, best for small networks.")
+    ] = None,
+    interval: Annotated[
+        int, typer.Option("--every", min=1, help="Steps from one checkpoint and its pictures to the next.")
+    ] = 500,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the run in --out, bit for bit as if it had not stopped; start it if there is none.",
+        ),
+    ] = False,
+) -> None:
+    """Train a model. Ctrl-C and SIGTERM save first; under torchrun the processes share every batch.
+
+    Exit status: 0 trained to the end; 1 stopped by an error, the last checkpoint intact; 2 options or data that
+    are not allowed; 130 (Ctrl-C) or 143 (SIGTERM) saved and stopped early.
+    """
+    from latentd_trainer import checkpoint, shard, train
+    from latentd_trainer.progress import Display
+
+    given = {"data": data, "seed": seed, "precision": precision, "threads": threads}
+    try:
+        wanted = _parse_texts(settings or []) | ({} if steps is None else {"steps": str(steps)})
+        has_run = (out / checkpoint.RECORD_FILE).exists()
+        if has_run and not resume:
+            raise ValueError(f"{out} already holds a run; continue it with --resume or choose another --out")
+        if has_run:
+            record, dataset = _continued_record(out, family, given, wanted)
+        else:
+            record, dataset = _new_record(family, given, wanted)
+        outcome = train.fit(
+            out,
+            record,
+            dataset,
+            device=train.choose_device(device, record.precision, shard.local_rank()),
+            interval=interval,
+            resume=has_run and (out / checkpoint.CHECKPOINT_FILE).exists(),
+            display=Display(console),
+        )
+    except ValueError as error:
+        _fail(error, 2)
+    except (train.TrainingError, checkpoint.CheckpointError) as error:
+        _fail(error, 1)
+    except train.InterruptedTraining as stopped:
+        _fail(stopped, stopped.exit_status)
+    console.print(f"{out}: {record.family} trained for {outcome.step} steps", markup=False, soft_wrap=True)
+
+
+@app.command("settings")
+def list_settings(family: FamilyName) -> None:
+    """List what `fit --set` can set, with defaults, which are the recipe for the embedded digits."""
+    try:
+        config_type = load_family(family).config_type
+    except ValueError as error:
+        _fail(error, 2)
+    table = Table("setting", "default", "what it is")
+    for entry in dataclasses.fields(config_type):
+        table.add_row(entry.name, str(entry.default), entry.metadata["help"])
+    console.print(table)
+
+
+def _parse_texts(texts: list[str]) -> dict[str, str]:
+    """`NAME=VALUE` texts as a mapping."""
+    wrong = [text for text in texts if not text.partition("=")[0] or "=" not in text]
+    if wrong:
+        raise ValueError(f"--set {', '.join(wrong)}: must be NAME=VALUE")
+    return {text.partition("=")[0]: text.partition("=")[2] for text in texts}
+
+
+def _new_record(family: str, given: Mapping[str, Any], settings: Mapping[str, str]) -> tuple[RunRecord, Dataset]:
+    """The record of a run that starts now, and its data."""
+    from latentd_trainer import checkpoint, data, shard, train
+
+    config = parse_settings(load_family(family).config_type, settings)
+    values: dict[str, Any] = {"data": "digits", "seed": 0, "precision": "fp32", "threads": 1}
+    values |= {name: value for name, value in given.items() if value is not None}
+    dataset = data.load(values["data"])
+    record = checkpoint.RunRecord(
+        family=family,
+        settings=dataclasses.asdict(config),
+        info=dataset.info,
+        processes=shard.process_count(),
+        versions=train.versions(),
+        **values,
+    )
+    return record, dataset
+
+
+def _continued_record(
+    out: Path, family: str, given: Mapping[str, Any], settings: Mapping[str, str]
+) -> tuple[RunRecord, Dataset]:
+    """The record of the run in `out`, and its data.
+
+    Raises:
+        ValueError: options ask for another run than this one, or the data have changed; the message lists all.
+    """
+    from latentd_trainer import checkpoint, data, shard, train
+
+    record = checkpoint.read_record(out)
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    asked |= {"family": family, "processes": shard.process_count()}
+    problems = [
+        f"{name} is {getattr(record, name)}, not {value}"
+        for name, value in asked.items()
+        if value != getattr(record, name)
+    ]
+    if family == record.family:
+        config = parse_settings(load_family(family).config_type, settings)
+        problems += [
+            f"{name} is {record.settings[name]}, not {getattr(config, name)}"
+            for name in settings
+            if getattr(config, name) != record.settings[name]
+        ]
+    if problems:
+        raise ValueError(f"{out} cannot be resumed as another run: {'; '.join(problems)}")
+    dataset = data.load(record.data)
+    if dataset.info.sha256 != record.info.sha256:
+        raise ValueError(f"{out} cannot be resumed: {record.data} has changed since the run began")
+    if record.versions != train.versions():
+        errors.print(
+            f"note: begun with {dict(record.versions)}, resumed with {train.versions()}; bits may differ",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    return record, dataset
+
+
+def main() -> None:
+    """The entry point of `latentd-train`."""
+    app()
