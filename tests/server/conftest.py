@@ -1,0 +1,6 @@
+"""Makes `bundles.py`, the tiny bundles of these tests, importable beside them."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
