@@ -1,0 +1,369 @@
+"""The engine on real tiny bundles: bytes, isolation, deadlines, cancels, overload, drain."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import SHAPE, write_all
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from latentd.names import SAMPLERS
+from latentd.v1 import bundle_pb2
+from latentd_server import samplers
+from latentd_server.engine import Engine
+from latentd_server.failures import DeadlineError, DrainingError, OverloadedError, RuntimeFailureError
+from latentd_server.job import CallJob, Event, Failed, Finished, Job, Noise, Preview, Start, StepJob
+from latentd_server.metrics import Metrics
+from latentd_server.models import Registry
+from latentd_server.noise import Purpose
+from latentd_server.runners import Outcome, StepRunner
+from latentd_server.runtime import Device
+
+MAX_ROWS = 8
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("models"))
+
+
+class Bench:
+    """An engine with its models, and ways to wait for what it says."""
+
+    def __init__(self, engine: Engine, registry: Registry, metrics: Metrics) -> None:
+        self.engine, self.registry, self.metrics = engine, registry, metrics
+
+    @classmethod
+    async def start(cls, root: Path, max_backlog: int = 100_000) -> "Bench":
+        metrics = Metrics()
+        engine = Engine(metrics, max_rows=MAX_ROWS, max_backlog=max_backlog)
+        registry = Registry(root, engine, Device("cpu"), threads=1, max_rows=MAX_ROWS)
+        await registry.load_all()
+        return cls(engine, registry, metrics)
+
+    def steps(
+        self,
+        sampler: str = "ddim",
+        count: int = 4,
+        lanes: int = 1,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        guidance: float = 1.0,
+        label: int = 0,
+        start: Any = None,
+        previews: int = 0,
+    ) -> StepJob:
+        schedule = self.registry.get("tiny-diffusion").schedule
+        assert schedule is not None
+        timesteps = schedule.spaced_timesteps(count)
+        alpha, sigma = schedule.level(timesteps[0])
+        return StepJob(
+            model="tiny-diffusion@1",
+            lane_count=lanes,
+            tables=(samplers.descent(schedule, sampler, timesteps),),
+            start=Start(noise_scale=sigma) if start is None else Start(noise_scale=sigma, values=start, scale=alpha),
+            seed=seed,
+            sample_indices=np.arange(first, first + lanes),
+            labels=np.full(lanes, label),
+            guidance_scale=guidance,
+            preview_interval=previews,
+        )
+
+    def decode(self, lanes: int = 1, *, seed: int = 0, first: int = 0) -> CallJob:
+        return CallJob(
+            model="tiny-vae@1",
+            role=bundle_pb2.Network.ROLE_DECODER,
+            lane_count=lanes,
+            feeds={
+                "z": Noise(Purpose.START),
+                "y": np.arange(first, first + lanes) % 3,
+                "u": Noise(Purpose.OUTPUT, uniform=True),
+            },
+            outputs=("draw", "z"),
+            seed=seed,
+            sample_indices=np.arange(first, first + lanes),
+            draw_indices=np.zeros(lanes, np.int64),
+        )
+
+    async def events(self, job: Job, *, caller: str = "test", deadline: float | None = None) -> list[Event]:
+        """Everything a job says, to its end."""
+        seen: list[Event] = []
+        over = asyncio.Event()
+
+        def sink(event: Event) -> None:
+            seen.append(event)
+            if isinstance(event, Failed) or (isinstance(event, Finished) and event.last):
+                over.set()
+
+        self.engine.submit(job, caller=caller, deadline=deadline, sink=sink)
+        await asyncio.wait_for(over.wait(), 30)
+        return seen
+
+    async def result(self, job: Job, *, caller: str = "test") -> bytes:
+        """A job's finished lanes in order, as bytes."""
+        rows: dict[int, bytes] = {}
+        for event in await self.events(job, caller=caller):
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Finished):
+                for index, lane in enumerate(event.lanes):
+                    assert int(lane) not in rows, "a lane is final once"
+                    rows[int(lane)] = b"".join(event.outputs[name][index].tobytes() for name in sorted(event.outputs))
+        assert sorted(rows) == list(range(job.lane_count))
+        return b"".join(rows[lane] for lane in sorted(rows))
+
+    def metric(self, name: str) -> float:
+        value = self.metrics.registry.get_sample_value(name)
+        assert value is not None
+        return value
+
+
+@pytest.fixture
+async def bench(root: Path) -> AsyncIterator[Bench]:
+    bench = await Bench.start(root)
+    yield bench
+    assert (bench.engine.backlog, bench.engine.queue_depth) == (0, 0), "at rest nothing is outstanding"
+    await bench.engine.close()
+
+
+async def test_one_request_for_n_samples_is_n_requests_for_one(bench: Bench) -> None:
+    """Sample i depends on (seed, i) alone, for walks and for single calls."""
+    whole = await bench.result(bench.steps("ddpm", 5, lanes=11, seed=7))
+    parts = [await bench.result(bench.steps("ddpm", 5, lanes=1, seed=7, first=i)) for i in range(11)]
+    assert whole == b"".join(parts)
+    assert await bench.result(bench.decode(9, seed=3)) == b"".join(
+        [await bench.result(bench.decode(1, seed=3, first=i)) for i in range(9)]
+    )
+
+
+JOBS = st.one_of(
+    st.builds(
+        dict,
+        kind=st.just("steps"),
+        sampler=st.sampled_from(SAMPLERS),
+        count=st.integers(1, 9),
+        lanes=st.integers(1, 12),
+        seed=st.integers(0, 2**63 - 1),
+        first=st.integers(0, 1000),
+        guidance=st.sampled_from([1.0, 1.0, 2.5]),
+        label=st.integers(0, 2),
+        previews=st.integers(0, 3),
+        image=st.booleans(),
+    ),
+    st.builds(dict, kind=st.just("decode"), lanes=st.integers(1, 20), seed=st.integers(0, 2**63 - 1)),
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mix=st.lists(JOBS, min_size=2, max_size=14), callers=st.integers(1, 5), cancelled=st.sets(st.integers(0, 13)))
+def test_bytes_are_equal_alone_and_in_any_crowd(
+    root: Path, mix: list[dict[str, Any]], callers: int, cancelled: set[int]
+) -> None:
+    """Whatever rides along, is preempted by other callers or is cancelled, a request's bytes do not change."""
+
+    async def scenario() -> None:
+        bench = await Bench.start(root)
+
+        def job(spec: dict[str, Any]) -> Job:
+            spec = dict(spec)
+            if spec.pop("kind") == "decode":
+                return bench.decode(**spec)
+            image = np.full((1, *SHAPE), 0.25, np.float32) if spec.pop("image") else None
+            return bench.steps(**spec, start=image)
+
+        alone = [await bench.result(job(spec)) for spec in mix]
+        doomed = [
+            bench.engine.submit(job(mix[i]), caller=f"caller-{i % callers}", deadline=None, sink=lambda event: None)
+            for i in sorted(cancelled)
+            if i < len(mix)
+        ]
+        crowd = [bench.result(job(spec), caller=f"caller-{i % callers}") for i, spec in enumerate(mix)]
+        gathered = asyncio.gather(*crowd)
+        for job_id in doomed:
+            await asyncio.sleep(0)
+            bench.engine.cancel(job_id)
+        together = await gathered
+        await bench.engine.drained()
+        await bench.engine.close()
+        assert together == alone
+        assert bench.engine.backlog == 0
+
+    asyncio.run(scenario())
+
+
+async def test_previews_come_at_the_interval_and_cost_nothing(bench: Bench) -> None:
+    """Previews after every second step of seven; the bytes and the evaluations are those of a run without."""
+    plain = await bench.result(bench.steps("ddim", 7, seed=5))
+    events = await bench.events(bench.steps("ddim", 7, seed=5, previews=2))
+    assert [e.completed_steps for e in events if isinstance(e, Preview)] == [2, 4, 6]
+    (finished,) = [e for e in events if isinstance(e, Finished)]
+    assert finished.outputs["sample"].tobytes() == plain
+    assert finished.cost.evaluations == 7
+
+
+async def test_costs_add_up(bench: Bench) -> None:
+    """Evaluations count network rows: guided lanes twice; the sum over events is the job's whole price."""
+    job = bench.steps("heun", 4, lanes=10, guidance=2.0)
+    finished = [e for e in await bench.events(job) if isinstance(e, Finished)]
+    assert sum(e.cost.evaluations for e in finished) == 10 * 7 * 2 == job.lane_count * job.evaluations_per_lane
+    assert all(e.cost.rows / e.cost.batches <= MAX_ROWS for e in finished)
+
+
+async def test_a_full_backlog_refuses_and_says_when_to_return(root: Path) -> None:
+    """Beyond the limit a job is refused whole, with a hint; what was accepted is finished."""
+    bench = await Bench.start(root, max_backlog=1000)
+    accepted = asyncio.create_task(bench.result(bench.steps("ddim", 50, lanes=20)))
+    await asyncio.sleep(0)
+    with pytest.raises(OverloadedError) as caught:
+        bench.engine.submit(bench.steps("ddim", 50, lanes=1), caller="x", deadline=None, sink=lambda event: None)
+    assert 0.05 <= caught.value.retry_after_s <= 30
+    await accepted
+    await bench.engine.close()
+
+
+async def test_a_passed_deadline_is_refused_at_the_door(bench: Bench) -> None:
+    """Nothing is computed for a caller whose time is up."""
+    with pytest.raises(DeadlineError):
+        bench.engine.submit(bench.steps(), caller="x", deadline=0.0, sink=lambda event: None)
+
+
+async def test_drain_refuses_the_new_and_finishes_the_old(bench: Bench) -> None:
+    """After `drain` a submit is refused, and every accepted lane still arrives."""
+    accepted = asyncio.create_task(bench.result(bench.steps("ddim", 20, lanes=12)))
+    await asyncio.sleep(0)
+    bench.engine.drain()
+    with pytest.raises(DrainingError):
+        bench.engine.submit(bench.steps(), caller="x", deadline=None, sink=lambda event: None)
+    await bench.engine.drained()
+    assert await accepted
+
+
+async def test_cancel_frees_the_lanes_and_counts_the_waste(bench: Bench) -> None:
+    """A cancelled job is heard of no more and its spent evaluations are counted."""
+    heard: list[Event] = []
+    first = asyncio.Event()
+
+    def sink(event: Event) -> None:
+        heard.append(event)
+        first.set()
+
+    job_id = bench.engine.submit(bench.steps("ddim", 90, previews=1), caller="x", deadline=None, sink=sink)
+    await asyncio.wait_for(first.wait(), 30)
+    bench.engine.cancel(job_id)
+    before = len(heard)
+    await bench.result(bench.steps("ddim", 2))  # passes through the device thread behind the cancel
+    assert len(heard) == before
+    assert bench.metric("latentd_wasted_evaluations_total") >= 1
+
+
+async def test_a_deadline_ends_a_job_under_way(root: Path) -> None:
+    """When the clock passes the deadline the job fails with DeadlineError and its neighbours go on."""
+    now = [0.0]
+    engine = Engine(Metrics(), max_rows=MAX_ROWS, max_backlog=100_000, clock=lambda: now[0])
+    registry = Registry(root, engine, Device("cpu"), threads=1, max_rows=MAX_ROWS)
+    await registry.load_all()
+    bench = Bench(engine, registry, Metrics())
+    neighbour = asyncio.create_task(bench.result(bench.steps("ddim", 90, lanes=4, seed=1)))
+    seen: list[Event] = []
+    over = asyncio.Event()
+
+    def sink(event: Event) -> None:
+        seen.append(event)
+        if isinstance(event, Preview):
+            now[0] = 11.0  # time passes in the middle of the walk
+        else:
+            over.set()
+
+    engine.submit(bench.steps("ddim", 100, previews=1), caller="x", deadline=10.0, sink=sink)
+    await asyncio.wait_for(over.wait(), 30)
+    assert isinstance(seen[-1], Failed)
+    assert isinstance(seen[-1].error, DeadlineError)
+    assert await neighbour == await bench.result(bench.steps("ddim", 90, lanes=4, seed=1))
+    await engine.close()
+
+
+async def test_a_paused_job_waits_and_then_finishes_with_the_same_bytes(bench: Bench) -> None:
+    """Pause stops a job's lanes while others run; resume brings the same result."""
+    want = await bench.result(bench.steps("ddpm", 30, lanes=3, seed=9))
+    rows: dict[int, bytes] = {}
+    over, began = asyncio.Event(), asyncio.Event()
+
+    def sink(event: Event) -> None:
+        began.set()
+        if isinstance(event, Finished):
+            rows.update({int(lane): event.outputs["sample"][i].tobytes() for i, lane in enumerate(event.lanes)})
+            if event.last:
+                over.set()
+
+    job = bench.steps("ddpm", 30, lanes=3, seed=9, previews=1)
+    job_id = bench.engine.submit(job, caller="x", deadline=None, sink=sink)
+    bench.engine.pause(job_id)
+    await bench.result(bench.steps("ddim", 30, lanes=8, seed=1))
+    assert not over.is_set()
+    bench.engine.resume(job_id)
+    await asyncio.wait_for(over.wait(), 30)
+    assert b"".join(rows[lane] for lane in sorted(rows)) == want
+
+
+class Saboteur:
+    """A runner that fails whenever a marked seed is in the call, as a bad row does."""
+
+    def __init__(self, inner: StepRunner, bad_seed: int) -> None:
+        self.inner, self.bad_seed = inner, bad_seed
+
+    def run(self, segments: Sequence[Any]) -> list[Outcome]:
+        if any(segment.entry.job.seed == self.bad_seed for segment in segments):
+            raise RuntimeError("Non-zero status code returned while running Gather node")
+        return self.inner.run(segments)
+
+    def padded(self, rows: int) -> int:
+        return self.inner.padded(rows)
+
+    def forget(self, job_id: int) -> None:
+        self.inner.forget(job_id)
+
+
+async def test_one_bad_row_fails_alone(bench: Bench) -> None:
+    """When a call fails its segments run again one by one: only the culprit fails, the others keep their bytes."""
+    want = [await bench.result(bench.steps("dpmpp-2m", 6, lanes=2, seed=seed)) for seed in range(4)]
+    key = ("tiny-diffusion@1", bundle_pb2.Network.ROLE_DENOISER)
+    runner = bench.engine._runners[key]
+    bench.engine.attach({key: Saboteur(runner, bad_seed=666)})  # type: ignore[arg-type, dict-item]
+    good = [bench.result(bench.steps("dpmpp-2m", 6, lanes=2, seed=seed)) for seed in range(4)]
+    bad = bench.result(bench.steps("ddim", 3, lanes=1, seed=666))
+    *got, error = await asyncio.gather(*good, bad, return_exceptions=True)
+    assert got == want
+    assert isinstance(error, RuntimeFailureError)
+    assert "Gather" not in str(error), "no internals reach the caller"
+
+
+async def test_a_sink_that_fails_loses_only_its_own_job(bench: Bench) -> None:
+    """An exception in one job's sink neither stops the engine nor reaches a neighbour."""
+
+    def bad_sink(event: Event) -> None:
+        raise RuntimeError("broken pipe")
+
+    bench.engine.submit(bench.steps("ddim", 5, previews=1), caller="x", deadline=None, sink=bad_sink)
+    assert await bench.result(bench.steps("ddim", 5))
+    await bench.engine.drained()
+
+
+@pytest.mark.parametrize("call", ["model", "get"])
+async def test_the_newest_active_version_answers_for_the_name(root: Path, tmp_path: Path, call: str) -> None:
+    """NAME is its newest active version; a newer one that failed to load does not hide it."""
+    from bundles import write_gan
+
+    write_gan(tmp_path, version=1)
+    write_gan(tmp_path, version=3)
+    (write_gan(tmp_path, version=4) / "decoder.onnx").write_bytes(b"damaged")
+    bench = await Bench.start(tmp_path)
+    ask: Callable[[str], Any] = getattr(bench.registry, call)
+    found = ask("tiny-gan")
+    assert (found.name if call == "model" else found.model.name) == "tiny-gan@3"
+    assert [m.name for m in bench.registry.models()] == ["tiny-gan@4", "tiny-gan@3", "tiny-gan@1"]
+    assert "decoder.onnx" in bench.registry.model("tiny-gan@4").failure_reason
+    await bench.engine.close()

@@ -1,0 +1,111 @@
+"""Devices, batch sizes and the certificate."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from latentd_server import runtime
+from latentd_server.runtime import Buckets, CompiledGraph, Device, DeviceError, bucket_sizes, certify, choose_device
+from onnx import TensorProto, helper
+
+CPU = Device("cpu")
+
+
+def _graph(*nodes: Any) -> CompiledGraph:
+    graph = helper.make_graph(
+        list(nodes),
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 7])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor("batch_axis", TensorProto.INT64, [1], [0])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return CompiledGraph(model.SerializeToString(), CPU, 1)
+
+
+def _rows(count: int, rng: np.random.Generator) -> runtime.Feeds:
+    return {"x": rng.standard_normal((count, 7), np.float32)}
+
+
+def test_buckets_are_fine_at_the_top() -> None:
+    """1, 2, 4, then multiples of 4, and always the limit itself."""
+    assert bucket_sizes(16) == (1, 2, 4, 8, 12, 16)
+    assert bucket_sizes(10) == (1, 2, 4, 8, 10)
+    assert bucket_sizes(2) == (1, 2)
+    assert Buckets((1, 2, 4, 8), certified=True).fit(5) == 8
+
+
+def test_a_graph_of_independent_rows_is_certified() -> None:
+    """An elementwise graph gives equal bytes in every bucket, so all of them may be used."""
+    graph = _graph(helper.make_node("Tanh", ["x"], ["y"]))
+    assert certify(graph, _rows, 8) == Buckets((1, 2, 4, 8), certified=True)
+
+
+def test_a_graph_whose_rows_see_each_other_is_not_certified() -> None:
+    """A mean over the batch is found out."""
+    graph = _graph(
+        helper.make_node("ReduceMean", ["x", "batch_axis"], ["mean"], keepdims=1),
+        helper.make_node("Sub", ["x", "mean"], ["y"]),
+    )
+    assert not certify(graph, _rows, 8).certified
+
+
+def test_a_size_with_other_bytes_is_left_out() -> None:
+    """A bucket whose bytes differ from the largest one's is not used; the others stay."""
+
+    class Odd:
+        outputs = ("y",)
+
+        def run(self, outputs: Any, feeds: runtime.Feeds) -> list[Any]:
+            x = feeds["x"]
+            return [x / 2 if len(x) > 1 else x / 2 + np.float32(1e-3)]
+
+    assert certify(Odd(), _rows, 8) == Buckets((2, 4, 8), certified=True)  # type: ignore[arg-type]
+
+
+def test_cpu_is_taken_when_asked_for() -> None:
+    """`cpu` is the CPU, GPU or not."""
+    assert choose_device("cpu").provider == "CPUExecutionProvider"
+
+
+def test_forcing_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cuda:N` never falls back to the CPU, it says what is missing."""
+    monkeypatch.setattr(runtime, "gpu_count", lambda: 0)
+    with pytest.raises(DeviceError, match="no CUDA device"):
+        choose_device("cuda:0")
+    monkeypatch.setattr(runtime, "gpu_count", lambda: 1)
+    with pytest.raises(DeviceError, match="cuda:1"):
+        choose_device("cuda:1")
+    monkeypatch.setattr(runtime.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(DeviceError, match=r"latentd\[gpu\]"):
+        choose_device("cuda:0")
+
+
+def test_auto_says_why_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` takes a GPU only where the driver and the runtime both have one, and gives the reason."""
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(runtime.onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(runtime, "gpu_count", lambda: 0)
+    assert choose_device("auto") == Device("cpu", 0, "no CUDA device is visible")
+    monkeypatch.setattr(runtime, "gpu_count", lambda: 2)
+    assert str(choose_device("auto")) == "cuda:0"
+    providers.remove("CUDAExecutionProvider")
+    assert "no CUDA provider" in choose_device("auto").reason
+
+
+def test_the_determinism_class_covers_what_can_change_bytes() -> None:
+    """Weights, threads and bucket classes each change it; equal conditions give equal strings."""
+    sizes = {1: Buckets((1, 2), certified=True)}
+    base = runtime.determinism_class("sha256:a", CPU, 2, sizes)
+    assert base == runtime.determinism_class("sha256:a", CPU, 2, sizes)
+    assert base != runtime.determinism_class("sha256:b", CPU, 2, sizes)
+    assert base != runtime.determinism_class("sha256:a", CPU, 1, sizes)
+    assert base != runtime.determinism_class("sha256:a", CPU, 2, {1: Buckets((2,), certified=True)})
+
+
+def test_without_a_certificate_nothing_is_promised() -> None:
+    """An uncertified graph gives a class that is never equal to another."""
+    sizes = {1: Buckets((1, 2), certified=False)}
+    classes = {runtime.determinism_class("sha256:a", CPU, 2, sizes) for _ in range(3)}
+    assert len(classes) == 3
+    assert all(name.startswith("uncertified-") for name in classes)
