@@ -1,0 +1,302 @@
+"""The asynchronous client: a thin shell that sends what `calls` asks for. Belongs to one event loop."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from functools import wraps
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
+
+import grpc
+import grpc.aio
+from latentd.v1.generation_service_pb2_grpc import GenerationServiceStub
+from numpy.typing import ArrayLike
+
+from latentd_client import calls, errors
+from latentd_client.calls import Catalogue, Program, Unary, Within
+from latentd_client.channels import (
+    DEFAULT_TARGET,
+    TLS,
+    ChannelOption,
+    Deadline,
+    Liveness,
+    Settings,
+    new_request_id,
+    translate,
+    unary_calls,
+)
+from latentd_client.loop import LoopRun, LoopView
+from latentd_client.results import Event, Samples, Step
+from latentd_client.resume import SampleRun, assemble
+from latentd_client.retries import Attempts, Retries
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_SamplingProgram: TypeAlias = Callable[Concatenate[Catalogue, _P], Program[SampleRun]]
+
+
+def _answered(
+    program: Callable[Concatenate[Catalogue, _P], Program[_T]],
+) -> "Callable[Concatenate[AsyncClient, _P], Coroutine[Any, Any, _T]]":
+    """The method that runs a program to its end."""
+
+    @wraps(program)
+    async def method(self: "AsyncClient", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return (await self._run(program(self._catalogue, *args, **kwargs)))[0]
+
+    return method
+
+
+def _gathered(
+    program: "_SamplingProgram[_P]",
+) -> "Callable[Concatenate[AsyncClient, _P], Coroutine[Any, Any, Samples]]":
+    """The method that waits for all samples."""
+
+    @wraps(program)
+    async def method(self: "AsyncClient", /, *args: _P.args, **kwargs: _P.kwargs) -> Samples:
+        run, deadline = await self._run(program(self._catalogue, *args, **kwargs))
+        return await self._gather(run, deadline)
+
+    return method
+
+
+def _streamed(
+    program: "_SamplingProgram[_P]",
+) -> "Callable[Concatenate[AsyncClient, _P], AsyncGenerator[Event]]":
+    """The method that iterates over what happens."""
+
+    @wraps(program)
+    async def method(self: "AsyncClient", /, *args: _P.args, **kwargs: _P.kwargs) -> AsyncGenerator[Event]:
+        run, deadline = await self._run(program(self._catalogue, *args, **kwargs))
+        async with contextlib.aclosing(self._events(run, deadline)) as events:
+            async for event in events:
+                yield event
+
+    return method
+
+
+def _looped(program: "_SamplingProgram[_P]") -> "Callable[Concatenate[AsyncClient, _P], AsyncDenoiseLoop]":
+    """The method that lets the caller take the steps."""
+
+    @wraps(program)
+    def method(self: "AsyncClient", /, *args: _P.args, **kwargs: _P.kwargs) -> "AsyncDenoiseLoop":
+        return AsyncDenoiseLoop(self, program(self._catalogue, *args, **kwargs))
+
+    return method
+
+
+class AsyncClient:
+    """Talks to a latentd server, asynchronously; otherwise as `Client`.
+
+    Args:
+        target: `HOST:PORT`, or any gRPC target.
+        tls: how to trust the server; None for plaintext.
+        timeout: seconds a call may take unless it says otherwise; `math.inf` for no deadline.
+        retries: how often and how fast to try again; `Retries(max_attempts=1)` for never.
+        caller: who calls, for the server's fairness and logs.
+        channel_options: further gRPC channel options; they win over this library's.
+
+    Raises:
+        ValueError: an argument makes no sense.
+    """
+
+    sample = _gathered(calls.sampling)
+    sample_stream = _streamed(calls.sampling)
+    denoise_loop = _looped(calls.sampling)
+    reproduce = _answered(calls.reproduce)
+    encode = _answered(calls.encode)
+    decode = _answered(calls.decode)
+    denoise_step = _answered(calls.denoise_step)
+    score = _answered(calls.score)
+    interpolate = _answered(calls.interpolate)
+    model = _answered(calls.model)
+    models = _answered(calls.models)
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        tls: TLS | grpc.ChannelCredentials | None = None,
+        timeout: float = 60.0,
+        retries: Retries = Retries(),  # noqa: B008  # frozen
+        caller: str | None = None,
+        channel_options: Sequence[ChannelOption] = (),
+    ) -> None:
+        self._settings = Settings(target, tls, timeout, retries, caller, tuple(channel_options))
+        self._catalogue = Catalogue()
+        self._liveness = Liveness()
+        credentials = self._settings.credentials
+        self._channel = (
+            grpc.aio.insecure_channel(target, self._settings.options)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, self._settings.options)
+        )
+        self._unary_calls = unary_calls(self._channel)
+        self._generation = GenerationServiceStub(self._channel)
+
+    def __repr__(self) -> str:
+        return f"<AsyncClient of {self._settings.target}{', closed' if self._liveness.closed else ''}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give up every call under way, at once, and free the connection."""
+        self._liveness.closed = True
+        await self._channel.close()
+
+    async def _run(self, program: Program[_T]) -> tuple[_T, Deadline]:
+        """Answer what a program asks until it returns."""
+        deadline = Deadline.after(self._settings.timeout_s)
+        limited = False
+        answer: Any = None
+        while True:
+            try:
+                ask = program.send(answer)
+            except StopIteration as stop:
+                return stop.value, deadline
+            answer = None
+            match ask:
+                case Within():
+                    if not limited and ask.timeout_s is not None:
+                        deadline = Deadline.after(ask.timeout_s)
+                    limited = True
+                case Unary():
+                    answer = await self._call(ask, deadline)
+                case SampleRun():
+                    answer = await self._gather(ask, deadline)
+
+    async def _call(self, ask: Unary, deadline: Deadline) -> Any:
+        self._liveness.check()
+        request_id = new_request_id()
+        try:
+            return await self._unary_calls[ask.rpc](
+                ask.request, timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
+            )
+        except grpc.RpcError as error:
+            raise translate(error, request_id) from error
+
+    async def _gather(self, run: SampleRun, deadline: Deadline) -> Samples:
+        run.one_class = True
+        parts = [event async for event in self._events(run, deadline) if isinstance(event, Samples)]
+        return assemble(parts, run.request.sample_count)
+
+    async def _events(self, run: SampleRun, deadline: Deadline) -> AsyncGenerator[Event]:
+        """Every event of a run, over as many streams as it takes."""
+        attempts = self._settings.attempts()
+        request_id = new_request_id()
+        while not run.done:
+            self._liveness.check()
+            call = self._generation.Sample(
+                run.next_request(), timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
+            )
+            try:
+                async for response in call:
+                    for event in run.receive(response):
+                        yield event
+                if run.done:
+                    attempts.throttle.succeeded()
+                    return
+                failure: errors.LatentdError = run.incomplete()
+            except grpc.RpcError as error:
+                failure = translate(error, request_id)
+            finally:
+                call.cancel()
+            await self._pause(attempts, failure, run.progress, deadline)
+
+    async def _pause(self, attempts: Attempts, failure: errors.LatentdError, progress: int, deadline: Deadline) -> None:
+        """Wait before the next attempt, or raise `failure` if there shall be none."""
+        await asyncio.sleep(
+            attempts.delay_s(failure, progress=progress, remaining_s=deadline.remaining_s, chance=random.random())
+        )
+
+
+class AsyncDenoiseLoop(LoopView):
+    """A denoising loop whose state stays on the server; otherwise as `DenoiseLoop`. Made by `AsyncClient.denoise_loop`.
+
+    async with client.denoise_loop("digits-diffusion", 4, seed=7, steps=20) as loop:
+        async for step in loop:
+            if step.timestep > 500:
+                loop.override(state=step.state * mask)
+    """
+
+    def __init__(self, client: AsyncClient, program: Program[SampleRun]) -> None:
+        super().__init__()
+        self._client = client
+        self._program = program
+        self._deadline = Deadline.never()
+        self._request_id = new_request_id()
+        self._attempts = client._settings.attempts()
+        self._call: Any = None  # a grpc.aio.StreamStreamCall
+        self._position = 0  # messages of the log that this stream has answered
+
+    async def __aenter__(self) -> Self:
+        run, self._deadline = await self._client._run(self._program)
+        self._opened = LoopRun(run.request, run.model)
+        await self._catch_up()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        while not self.finished:
+            yield await self.step()
+
+    async def step(self, *, next_timestep: int | None = None, state: ArrayLike | None = None) -> Step:
+        """Take one step.
+
+        Args:
+            next_timestep: where to step to; None means the next timestep of the schedule.
+            state: replaces the server's x before the step. Shape [n, *sample].
+
+        Raises:
+            LatentdError: the server refused the step, which then was not taken, or is gone for good.
+            RuntimeError: the loop is not open, or finished.
+        """
+        self._log_step(next_timestep, state)
+        await self._catch_up()
+        return self._run.step
+
+    async def close(self) -> None:
+        """Give the loop up; its samples leave the server's batch at the next step."""
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
+
+    async def _catch_up(self) -> None:
+        """Send what this stream has not had yet, on a new stream if it breaks."""
+        while True:
+            try:
+                await self._exchange()
+                return
+            except grpc.RpcError as error:
+                failure = translate(error, self._request_id)
+            except errors.LatentdError as error:
+                failure = error
+            await self.close()
+            await self._client._pause(self._attempts, failure, self._run.answered, self._deadline)
+
+    async def _exchange(self) -> None:
+        self._client._liveness.check()
+        if self._call is None:
+            self._position = 0
+            self._call = self._client._generation.Stream(
+                timeout=self._deadline.timeout(),
+                metadata=self._client._settings.metadata(self._request_id),
+            )
+        while self._position < len(self._run.log):
+            await self._call.write(self._run.log[self._position])
+            response = await self._call.read()
+            if response is grpc.aio.EOF:
+                raise errors.ServerUnavailable("the server ended the stream of an open loop")
+            self._run.receive(self._position, response)
+            self._position += 1
