@@ -59,19 +59,19 @@ def walk_of(
     return states
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_betas() -> Callable[..., Array]:
     """See `betas_of`."""
     return betas_of
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_schedule() -> Callable[..., Schedule]:
     """See `schedule_of`."""
     return schedule_of
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def walk() -> Callable[..., list[Array]]:
     """See `walk_of`."""
     return walk_of
