@@ -190,7 +190,7 @@ def _checked_pixels(path: Path, images: NDArray[Any], levels: int) -> NDArray[np
             f"{path}: images must have shape [n, H, W], [n, C, H, W] or [n, H, W, C] with 1 to 4 channels, "
             f"found {list(images.shape)}"
         )
-    if not len(images):
+    if not images.size:
         raise DataError(f"{path}: there are no images")
     if images.min() < 0 or images.max() >= levels:
         raise DataError(f"{path}: pixels must be from 0 to {levels - 1}, found {images.min()} to {images.max()}")
@@ -199,7 +199,7 @@ def _checked_pixels(path: Path, images: NDArray[Any], levels: int) -> NDArray[np
 
 def _from_npz(path: Path) -> Dataset:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as .npz without pickled objects, or is cut short: {error}") from error
@@ -242,8 +242,9 @@ def _read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
     if data[3] != axes:
         raise DataError(f"{path}: expected {axes} axes, found {data[3]}")
     extents = [int.from_bytes(data[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(axes)]
-    body = np.frombuffer(data, np.uint8, offset=min(len(data), 4 + 4 * axes))
-    if len(body) != math.prod(extents):
+    start = 4 + 4 * axes
+    body = np.frombuffer(data[start:], np.uint8)
+    if len(data) < start or len(body) != math.prod(extents):
         raise DataError(
             f"{path}: the header says {extents}, {math.prod(extents)} bytes, but {len(body)} follow; the file is cut "
             "short or damaged"
