@@ -164,7 +164,7 @@ class Model(google.protobuf.message.Message):
     CLASS_PROBABILITIES_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Canonical reference, `NAME@VERSION`, e.g. `mnist-ddpm@3`.
-    NAME matches [a-z]([a-z0-9-]{0,61}[a-z0-9])?, VERSION matches [1-9][0-9]*.
+    NAME matches [a-z]([a-z0-9-]{0,61}[a-z0-9])?, VERSION matches [1-9][0-9]{0,8}.
     """
     digest: builtins.str
     """`sha256:` and 64 hex digits over the bundle's graphs and all of `bundle.json` but
