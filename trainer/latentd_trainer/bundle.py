@@ -13,6 +13,8 @@ from google.protobuf.json_format import MessageToJson, Parse, ParseError
 from latentd import names
 from latentd.v1 import bundle_pb2, model_pb2
 
+from latentd_trainer.checkpoint import write_whole
+
 RECORD_FILE = "record.json"
 """How the model was trained and exported, as JSON; beside it lies its checkpoint."""
 
@@ -107,17 +109,15 @@ def write(directory: Path, bundle: bundle_pb2.Bundle, files: Mapping[str, bytes]
 
 
 def replace_card(directory: Path, card: model_pb2.ModelCard) -> None:
-    """Put another card into the bundle; its digest does not cover the card. Readers see the old file or the new."""
+    """Put another card into the bundle; its digest does not cover the card. Readers see the old file or the new.
+
+    Raises:
+        BundleError: there is no bundle.
+        CheckpointError: the file cannot be written; the old one is intact.
+    """
     bundle = read(directory)
     bundle.model.card.CopyFrom(card)
-    aside = directory / f".{names.BUNDLE_FILE}.{secrets.token_hex(4)}"
-    try:
-        _write_file(aside, to_json(bundle))
-        aside.replace(directory / names.BUNDLE_FILE)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    _sync_directory(directory)
+    write_whole(directory / names.BUNDLE_FILE, to_json(bundle))
 
 
 def to_json(bundle: bundle_pb2.Bundle) -> bytes:

@@ -175,10 +175,14 @@ def _rebuild(directory: Path) -> tuple[ServingSpec | None, str, list[str]]:
         return None, "there is no checkpoint beside it", []
     try:
         record = bundles.read_record(directory)
-        entries: dict[str, Any] = record["info"]
-        info = DataInfo(**{key: tuple(each) if isinstance(each, list) else each for key, each in entries.items()})
-        spec = build_family(record["family"], record["settings"], info, record["seed"]).serving_spec()
+        info = _tuples(record["info"])
+        spec = build_family(record["family"], record["settings"], DataInfo(**info), record["seed"]).serving_spec()
         export.load_weights(spec, safetensors.torch.load(weights_path.read_bytes()))
     except (BundleError, OSError, KeyError, TypeError, ValueError, SafetensorError, GraphError) as error:
         return None, "the checkpoint cannot be used", [f"{type(error).__name__}: {error}"]
     return spec, "", []
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only, where a record holds tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

@@ -1,0 +1,338 @@
+"""Measures a bundle by what its graphs answer in ONNX Runtime, writes the figures into its card, and a report.
+
+Samples are compared with real images in the feature space of a small classifier of the same data (`classifier`), by
+the metrics of `metrics`. Nothing here needs the training run: what is measured is what is served.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from latentd.v1 import bundle_pb2, model_pb2
+from numpy.typing import NDArray
+from rich.console import Console
+
+from latentd_trainer import bundle as bundles
+from latentd_trainer import chains, classifier, metrics, parity, report
+from latentd_trainer.bars import BARS, DATASET
+from latentd_trainer.classifier import Reading, Yardstick
+from latentd_trainer.contract import role_name
+from latentd_trainer.data import Dataset, Split, load, scale
+from latentd_trainer.spec import Meaning, Role, Source
+
+SAMPLE_COUNT = 1440
+SUBSET_COUNT = 10
+LARGEST_SUBSET = 1000
+"""Rows on each side of the neighbourhood metrics; as many as are held out, but no more."""
+BOUND_DRAWS = 500
+_BATCH = 144
+
+CACHE = Path("runs/classifiers")
+"""Where trained classifiers are kept unless told otherwise."""
+
+Floats = NDArray[np.float32]
+Given = Mapping[int, NDArray[Any]]
+"""Inputs by their source, [n, ...]."""
+
+
+class EvaluationError(ValueError):
+    """A bundle that cannot be evaluated, or not on these data; the message says what would do."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples drawn in one way."""
+
+    variant: str  # `-50-steps`; what the names of their metrics end in
+    description: str
+    images: Floats  # [n, C, H, W]
+
+
+@dataclass(frozen=True)
+class Real:
+    """The real images, as the classifier reads them, and how far apart its own two parts are."""
+
+    train: Reading
+    held_out: Reading
+    train_images: Floats  # [n, pixels]
+    held_out_images: Floats  # [m, pixels]
+    floor: float  # Frechet distance of held-out from training images
+
+    @classmethod
+    def of(cls, dataset: Dataset, yardstick: Yardstick) -> "Real":
+        """Read both splits."""
+        images = [scale(split.pixels, dataset.info.levels) for split in (dataset.train, dataset.test)]
+        train, held_out = (yardstick.read(each) for each in images)
+        floor = metrics.frechet_distance(held_out.features, train.features)
+        if floor == 0:
+            raise EvaluationError("held-out and training images have the same features; nothing can be measured")
+        return cls(train, held_out, images[0].reshape(len(images[0]), -1), images[1].reshape(len(images[1]), -1), floor)
+
+
+class Graphs:
+    """The bundle's networks by role, in ONNX Runtime on the CPU."""
+
+    def __init__(self, directory: Path, bundle: bundle_pb2.Bundle, threads: int) -> None:
+        self.bundle = bundle
+        self.networks: dict[int, bundle_pb2.Network] = {network.role: network for network in bundle.networks}
+        self._sessions: dict[int, ort.InferenceSession] = {
+            role: parity.open_session((directory / network.file).read_bytes(), threads)
+            for role, network in self.networks.items()
+        }
+
+    def run(self, role: int, given: Given, generator: np.random.Generator) -> dict[int, Floats]:
+        """Outputs by meaning; inputs by source, noise being drawn here. All arrays [n, ...].
+
+        Raises:
+            EvaluationError: an input takes what evaluation does not know to give, as codes.
+        """
+        network = self.networks[role]
+        count = len(next(iter(given.values())))
+        feeds = {entry.name: _values(entry, role, given, count, generator) for entry in network.inputs}
+        parts = [
+            self._sessions[role].run(None, {name: rows[start : start + _BATCH] for name, rows in feeds.items()})
+            for start in range(0, count, _BATCH)
+        ]
+        outputs = [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+        return {output.meaning: rows for output, rows in zip(network.outputs, outputs, strict=True)}
+
+    def takes(self, role: int, source: int) -> bool:
+        """Whether the graph has an input from this source."""
+        return role in self.networks and any(entry.source == source for entry in self.networks[role].inputs)
+
+    def gives(self, role: int, meaning: int) -> bool:
+        """Whether the graph has an output with this meaning."""
+        return role in self.networks and any(output.meaning == meaning for output in self.networks[role].outputs)
+
+
+def _values(
+    entry: bundle_pb2.NetworkInput,
+    role: int,
+    given: Given,
+    count: int,
+    generator: np.random.Generator,
+) -> NDArray[Any]:
+    if entry.source in given:
+        return given[entry.source]
+    shape = (count, *entry.spec.shape)
+    if entry.source in (Source.SOURCE_LATENT, Source.SOURCE_NORMAL_NOISE):
+        return generator.standard_normal(shape, np.float32)
+    if entry.source == Source.SOURCE_UNIFORM_NOISE:
+        return generator.random(shape, np.float32)
+    kind = Source.Source.Name(entry.source)
+    raise EvaluationError(f"{role_name(role)}: input {entry.name!r} takes {kind}, which evaluation does not provide")
+
+
+def run(
+    directory: Path,
+    *,
+    data: str = DATASET,
+    out: Path | None = None,
+    cache: Path = CACHE,
+    seed: int = 0,
+    bars: bool = False,
+    threads: int | None = None,
+    console: Console | None = None,
+) -> int:
+    """Evaluate a bundle; return the exit status: 1 if `bars` is set and one is missed, else 0.
+
+    Writes the metrics into the bundle's card, and `report.md` and `samples.png` into `out`.
+
+    Args:
+        directory: The bundle.
+        data: What it was trained on, as `data.load` takes it.
+        out: Where the report goes; the bundle's own directory if not given.
+        cache: Where the classifier is kept from one evaluation to the next.
+        seed: Of all draws and of the classifier.
+        bars: Hold the metrics against `bars.BARS`, and name each one missed.
+        threads: Of ONNX Runtime; as many as there are cores, up to 4, if not given.
+        console: Where progress and the table go.
+
+    Raises:
+        BundleError: the bundle cannot be read.
+        DataError: the data cannot be read.
+        EvaluationError: the bundle cannot be evaluated, or not on these data.
+    """
+    console = console or Console()
+    bundle = bundles.read(directory)
+    model = bundle.model
+    dataset = load(data)
+    _require_data(directory, model, dataset)
+    if bars and (dataset.info.name != DATASET or model.family not in BARS):
+        known = ", ".join(model_pb2.Model.Family.Name(family) for family in BARS)
+        raise EvaluationError(f"bars are set for {DATASET} and {known} only")
+    graphs = Graphs(directory, bundle, threads or min(4, os.cpu_count() or 1))
+    if not {Role.ROLE_DECODER, Role.ROLE_DENOISER} & graphs.networks.keys():
+        raise EvaluationError(f"{model.name} draws no samples: it has neither a decoder nor a denoiser")
+
+    with console.status("classifier") as status:
+        yardstick = classifier.load_or_train(dataset, cache, seed)
+        real = Real.of(dataset, yardstick)
+        results = {"classifier-accuracy": yardstick.accuracy, "frechet-floor": real.floor}
+        asked = allotted_labels(model, dataset)
+        drawn = []
+        for samples in draw_variants(graphs, asked, seed):
+            status.update(f"samples: {samples.description}")
+            reading = yardstick.read(samples.images)
+            found = compare(samples.images, reading, real, seed)
+            found["histogram-distance"] = metrics.class_histogram_distance(
+                reading.labels, real.train.labels, len(dataset.info.class_names)
+            )
+            if model.class_names:
+                found["label-agreement"] = metrics.agreement(reading.labels, asked)
+            results |= {name + samples.variant: value for name, value in found.items()}
+            drawn.append(samples)
+        status.update("likelihood")
+        results |= likelihood(graphs, dataset, seed)
+
+    card = model.card
+    card.metrics.clear()
+    card.metrics.update(results)
+    bundles.replace_card(directory, card)
+    limits = BARS.get(model.family, []) if dataset.info.name == DATASET else []
+    written = report.write(out or directory, model, dataset, drawn, asked, real_row(real, seed), limits)
+    report.show(console, model, limits)
+    console.print(f"report: {written}", markup=False, highlight=False, soft_wrap=True)
+    missed = [why for bar in limits if (why := bar.missed(results))] if bars else []
+    for why in missed:
+        console.print(f"missed: {why}", markup=False, highlight=False, soft_wrap=True)
+    return 1 if missed else 0
+
+
+def allotted_labels(model: model_pb2.Model, dataset: Dataset, count: int = SAMPLE_COUNT) -> NDArray[np.int64]:
+    """`count` labels in the shares of the training data, to one sample; without the noise of drawing them.
+
+    [n] i64, in order of class.
+    """
+    shares = np.array(model.class_probabilities or dataset.info.class_probabilities) * count
+    counts = np.floor(shares).astype(np.int64)
+    short = count - counts.sum()
+    counts[np.argsort(counts - shares, kind="stable")[:short]] += 1  # the largest remainders first
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def draw_variants(graphs: Graphs, asked: NDArray[np.int64], seed: int) -> Iterator[Samples]:
+    """One sample for each label, in each way a server draws them.
+
+    Diffusion: 50 ancestral steps and 10 DDIM steps. Decoders: the mean and, where there is one, the draw.
+    """
+    generator = np.random.default_rng([seed, 0])
+    model = graphs.bundle.model
+    if Role.ROLE_DENOISER in graphs.networks:
+        for step_count, eta, description in ((50, 1.0, "50 steps, ancestral"), (10, 0.0, "10 steps, DDIM")):
+            noise = generator.standard_normal((len(asked), *model.sample_spec.shape), np.float32)
+
+            def denoise(x: Floats, t: NDArray[np.int64]) -> Floats:
+                given: Given = {Source.SOURCE_SAMPLE: x, Source.SOURCE_TIMESTEP: t, Source.SOURCE_CLASS_LABEL: asked}
+                return graphs.run(Role.ROLE_DENOISER, given, generator)[Meaning.MEANING_PREDICTION]
+
+            images = chains.walk(
+                denoise,
+                model.diffusion,
+                noise,
+                min(step_count, len(model.diffusion.alphas)),
+                eta=eta,
+                clip=(model.sample_spec.min_value, model.sample_spec.max_value),
+                generator=generator,
+            )
+            yield Samples(f"-{step_count}-steps", description, images)
+        return
+    outputs = graphs.run(Role.ROLE_DECODER, {Source.SOURCE_CLASS_LABEL: asked}, generator)
+    if Meaning.MEANING_SAMPLE_DRAW not in outputs:
+        yield Samples("", "samples", outputs[Meaning.MEANING_SAMPLE])
+        return
+    yield Samples("-mean", "mean of p(x | z)", outputs[Meaning.MEANING_SAMPLE])
+    yield Samples("-draw", "draw from p(x | z)", outputs[Meaning.MEANING_SAMPLE_DRAW])
+
+
+def compare(images: Floats, reading: Reading, real: Real, seed: int) -> dict[str, float]:
+    """The metrics of images [n, C, H, W] against real ones, by name."""
+    distance = metrics.frechet_distance(reading.features, real.train.features)
+    return {
+        "frechet-distance": distance,
+        "frechet-ratio": distance / real.floor,
+        "neighbour-ratio": metrics.nearest_neighbour_ratio(
+            images.reshape(len(images), -1), real.train_images, real.held_out_images
+        ),
+        **_neighbourhoods(reading.features, real, seed),
+    }
+
+
+def real_row(real: Real, seed: int) -> dict[str, float]:
+    """What training images score where samples are scored: what the best model could reach without copying."""
+    return {"frechet-distance": real.floor, "frechet-ratio": 1.0, "neighbour-ratio": 1.0} | _neighbourhoods(
+        real.train.features, real, seed
+    )
+
+
+def _neighbourhoods(features: Floats, real: Real, seed: int) -> dict[str, float]:
+    """Mean over random subsets as large as the held-out split, since these metrics depend on the number of rows."""
+    generator = np.random.default_rng([seed, 1])
+    size = min(len(features), len(real.held_out.features), LARGEST_SUBSET)
+    held_out = real.held_out.features[:size]
+    found = [
+        metrics.neighbourhoods(held_out, features[generator.choice(len(features), size, replace=False)])
+        for _ in range(SUBSET_COUNT)
+    ]
+    return {
+        name: float(np.mean([getattr(each, name) for each in found]))
+        for name in ("precision", "recall", "density", "coverage")
+    }
+
+
+def likelihood(graphs: Graphs, dataset: Dataset, seed: int) -> dict[str, float]:
+    """What the scorer and the encoder tell of the held-out images: bounds in nats an image, and the latents' KL."""
+    generator = np.random.default_rng([seed, 2])
+    given = _held_out(dataset.test, dataset.info.levels)
+    found: dict[str, float] = {}
+    bound = Meaning.MEANING_EVIDENCE_LOWER_BOUND
+    if graphs.gives(Role.ROLE_SCORER, bound) and graphs.takes(Role.ROLE_SCORER, Source.SOURCE_NORMAL_NOISE):
+        weights = np.stack([graphs.run(Role.ROLE_SCORER, given, generator)[bound] for _ in range(BOUND_DRAWS)])
+        found["elbo"] = float(weights.mean())
+        found[f"iwae-{BOUND_DRAWS}"] = float(metrics.importance_weighted_bound(weights).mean())
+        dimensions = int(np.prod(dataset.info.shape))
+        found["bits-per-dimension"] = metrics.bits_per_dimension(found[f"iwae-{BOUND_DRAWS}"], dimensions)
+    if graphs.gives(Role.ROLE_ENCODER, Meaning.MEANING_LATENT_LOG_VARIANCE):
+        posterior = graphs.run(Role.ROLE_ENCODER, given, generator)
+        divergence = metrics.normal_divergence(
+            posterior[Meaning.MEANING_LATENT_MEAN], posterior[Meaning.MEANING_LATENT_LOG_VARIANCE]
+        ).ravel()
+        found |= {f"latent-kl-{index}": float(value) for index, value in enumerate(divergence)}
+        found["smallest-latent-kl"] = float(divergence.min())
+    return found
+
+
+def _held_out(split: Split, levels: int) -> dict[int, NDArray[Any]]:
+    rows = slice(LARGEST_SUBSET)
+    return {
+        Source.SOURCE_SAMPLE: scale(split.pixels[rows], levels),
+        Source.SOURCE_CLASS_LABEL: split.labels[rows],
+    }
+
+
+def _require_data(directory: Path, model: model_pb2.Model, dataset: Dataset) -> None:
+    """Refuse data that the bundle was not trained on.
+
+    Raises:
+        EvaluationError: says what differs.
+    """
+    info = dataset.info
+    if len(info.class_names) < 2:
+        raise EvaluationError(f"{info.name} has one class only; evaluation needs labelled images of two or more")
+    if tuple(model.sample_spec.shape) != info.shape:
+        raise EvaluationError(
+            f"{model.name} makes samples of shape {list(model.sample_spec.shape)}, {info.name} holds {list(info.shape)}"
+        )
+    if model.class_names and tuple(model.class_names) != info.class_names:
+        raise EvaluationError(
+            f"{model.name} knows the classes {', '.join(model.class_names)}; "
+            f"{info.name} has {', '.join(info.class_names)}"
+        )
+    if (directory / bundles.RECORD_FILE).exists():
+        trained_on = bundles.read_record(directory).get("info", {}).get("sha256")
+        if trained_on != info.sha256:
+            raise EvaluationError(f"{model.name} was trained on other data than {info.name}, by their digests")
