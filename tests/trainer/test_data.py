@@ -137,6 +137,14 @@ def test_truncated_npz(tmp_path: Path) -> None:
         load(str(tmp_path / "cut.npz"))
 
 
+def test_bare_array_in_npz(tmp_path: Path) -> None:
+    """A .npy array under the name of an archive is told from one."""
+    with open(tmp_path / "bare.npz", "wb") as file:
+        np.save(file, images(4, 8, 8))
+    with pytest.raises(DataError, match=r"bare\.npz: holds one bare array"):
+        load(str(tmp_path / "bare.npz"))
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_idx_folder(tmp_path: Path, zipped: bool) -> None:
     """A folder with MNIST's file names, gzip or not, keeps MNIST's split."""

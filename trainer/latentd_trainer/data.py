@@ -199,8 +199,13 @@ def _checked_pixels(path: Path, images: NDArray[Any], levels: int) -> NDArray[np
 
 def _from_npz(path: Path) -> Dataset:
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise DataError(f"{path}: holds one bare array; save named arrays with numpy.savez")
             arrays = {key: archive[key] for key in archive.files}
+    except DataError:
+        raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as .npz without pickled objects, or is cut short: {error}") from error
     levels = int(arrays.get("levels", np.int64(256)))
