@@ -97,7 +97,7 @@ def _quota_exceeded(error: failures.QuotaExceededError) -> _Row:
 
 
 def _deadline_unreachable(error: failures.DeadlineUnreachableError) -> _Row:
-    metadata = {"estimate_seconds": f"{error.estimate_s:.3f}"}
+    metadata = {} if error.estimate_s is None else {"estimate_seconds": f"{error.estimate_s:.3f}"}
     return _Row(grpc.StatusCode.DEADLINE_EXCEEDED, Reason.DEADLINE_UNREACHABLE, metadata)
 
 

@@ -93,9 +93,9 @@ class DeadlineError(ServingError):
 class DeadlineUnreachableError(DeadlineError):
     """The deadline cannot be met; nothing was accepted."""
 
-    def __init__(self, estimate_s: float, left_s: float) -> None:
-        super().__init__(f"the answer would take about {estimate_s:.3g} s and {max(0.0, left_s):.3g} s are left")
-        self.estimate_s = estimate_s
+    def __init__(self, description: str, estimate_s: float | None = None) -> None:
+        super().__init__(description)
+        self.estimate_s = estimate_s  # how long it would have taken, where that is known
 
 
 class CancelledError(ServingError):

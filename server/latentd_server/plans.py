@@ -10,11 +10,13 @@ from latentd_server.schedules import Schedule
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request may ask for."""
+    """What one request, or one stream, may ask for."""
 
     max_samples: int = 1024  # samples, or rows of a tensor
     max_steps: int = 1000
     max_evaluations: int = 1_000_000  # network rows of the whole request
+    max_open_ids: int = 1024  # unfinished requests of a stream
+    max_loop_samples: int = 4096  # samples of a stream's open loops, together
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,19 +33,19 @@ class Gathered:
     """The outputs of a job's lanes, put in order as they finish."""
 
     def __init__(self, lane_count: int) -> None:
-        self._lane_count = lane_count
+        self.lane_count = lane_count
         self.outputs: dict[str, Array] = {}
         self.cost = Cost(queue_s=math.inf)
 
     def add(self, event: Finished) -> None:
         """Take in lanes that are done."""
         add_cost(self.cost, event.cost)
-        if len(event.lanes) == self._lane_count:
+        if len(event.lanes) == self.lane_count:
             self.outputs = dict(event.outputs)
             return
         for name, values in event.outputs.items():
             if name not in self.outputs:
-                self.outputs[name] = np.empty((self._lane_count, *values.shape[1:]), values.dtype)
+                self.outputs[name] = np.empty((self.lane_count, *values.shape[1:]), values.dtype)
             self.outputs[name][event.lanes] = values
 
 
@@ -203,7 +203,7 @@ def convert(samples: Array, form: OutputForm) -> Array:
     """Samples in the element type that was asked for; UINT8 maps the model's range to 0..255, half to even."""
     if form.data_type == tensor_pb2.DATA_TYPE_UINT8:
         scaled = (samples - np.float32(form.low)) * np.float32(255 / (form.high - form.low))
-        return np.clip(np.rint(np.nan_to_num(scaled)), 0, 255).astype(np.uint8)
+        return np.asarray(np.clip(np.rint(np.nan_to_num(scaled)), 0, 255), np.uint8)
     if form.data_type == tensor_pb2.DATA_TYPE_FLOAT16:
         with np.errstate(over="ignore"):  # beyond float16 is infinite
             return samples.astype(np.float16)

@@ -1,0 +1,137 @@
+"""What waits to be written to one reader. Results keep their order and are never dropped; of previews only the newest
+look at each sample is kept, so that a slow reader skips frames and loses nothing.
+
+gRPC itself runs some megabytes ahead of a reader that has stopped; the outbox bounds what waits behind that. It
+says when it is full, so that the owner stops making more, and when there is room again.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import Message
+
+from latentd_server.job import Array, Preview
+
+Source = Callable[[], list[Message]]
+"""Makes messages when it is their turn; for what may be superseded until then."""
+
+
+class Outbox:
+    """One reader's messages. Belongs to the event loop; one task reads it."""
+
+    def __init__(self, limit_bytes: int, limit_messages: int, on_full: Callable[[bool], None]) -> None:
+        """`on_full` is told True when more than the limit waits, and False once half of it is gone."""
+        self._limit_bytes = limit_bytes
+        self._limit_messages = limit_messages
+        self._on_full = on_full
+        self._waiting: deque[tuple[Message | Source, int]] = deque()
+        self._bytes = 0  # waiting, or being written
+        self._writing = 0
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._arrival: asyncio.Future[None] | None = None
+        self._room = asyncio.Event()
+        self._room.set()
+        self.full = False
+
+    def put(self, message: Message, size: int = 0) -> None:
+        """Add a message of about `size` bytes."""
+        self._waiting.append((message, size))
+        self._bytes += size
+        self._measure()
+        self._wake()
+
+    def put_source(self, source: Source) -> None:
+        """Add messages that are made when their turn comes."""
+        self._waiting.append((source, 0))
+        self._measure()
+        self._wake()
+
+    def close(self, failure: BaseException | None = None) -> None:
+        """Nothing more will come; reading ends behind what waits, with `failure` if there is one."""
+        if not self._closed:
+            self._closed = True
+            self._failure = failure
+            self._wake()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits."""
+        return not self._waiting
+
+    async def room(self) -> None:
+        """Wait until little enough waits to take on more work for this reader."""
+        await self._room.wait()
+
+    def __aiter__(self) -> "Outbox":
+        return self
+
+    async def __anext__(self) -> Any:
+        """The next message. Asking for it says that the one before it has been written."""
+        if self._writing:
+            self._bytes -= self._writing
+            self._writing = 0
+            self._measure()
+        while True:
+            if not self._waiting:
+                if self._closed:
+                    raise self._failure or StopAsyncIteration
+                self._arrival = asyncio.get_running_loop().create_future()
+                await self._arrival
+                continue
+            message, size = self._waiting.popleft()
+            if not isinstance(message, Message):
+                self._waiting.extendleft((made, 0) for made in reversed(message()))
+                continue
+            self._writing = size
+            self._measure()
+            return message
+
+    def _wake(self) -> None:
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
+
+    def _measure(self) -> None:
+        if not self.full and self._bytes > self._limit_bytes:
+            self.full = True
+            self._on_full(True)
+        elif self.full and self._bytes * 2 <= self._limit_bytes:
+            self.full = False
+            self._on_full(False)
+        if self.full or len(self._waiting) > self._limit_messages:
+            self._room.clear()
+        else:
+            self._room.set()
+
+
+class Previews:
+    """The newest look at each sample under way."""
+
+    def __init__(self) -> None:
+        self._looks: list[Preview] = []
+
+    def add(self, look: Preview) -> bool:
+        """Keep a look in place of older ones at the same lanes; whether there were none at all before."""
+        first = not self._looks
+        self.drop(look.lanes)
+        self._looks.append(look)
+        return first
+
+    def drop(self, lanes: Array) -> None:
+        """Forget looks at lanes: they are finished, or there are newer ones."""
+        kept = []
+        for look in self._looks:
+            stays = ~np.isin(look.lanes, lanes)
+            if stays.all():
+                kept.append(look)
+            elif stays.any():
+                kept.append(Preview(look.lanes[stays], look.completed_steps, look.total_steps, look.estimates[stays]))
+        self._looks = kept
+
+    def take(self) -> list[Preview]:
+        """Take all of them out."""
+        looks, self._looks = self._looks, []
+        return looks

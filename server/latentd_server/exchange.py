@@ -1,0 +1,314 @@
+"""One request under way: hears what the engine says of its job and turns it into responses.
+
+An exchange knows what was asked, not how the answer travels: a `Reply` does that, be it a unary call, the stream of
+Sample, or one id of a `Stream`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from google.protobuf.message import Message
+from latentd.v1 import generation_service_pb2, model_pb2
+
+from latentd_server import loops, resolve, respond
+from latentd_server.accounts import Account, Peer
+from latentd_server.delivery import Previews
+from latentd_server.failures import (
+    DeadlineError,
+    DeadlineUnreachableError,
+    DrainingError,
+    FieldsInvalidError,
+    Violation,
+)
+from latentd_server.job import Event, Finished, Job, Preview, Servable
+from latentd_server.metrics import Metrics
+from latentd_server.plans import Diffusing, Limits, Loop, LoopStep, Sampling
+from latentd_server.respond import Gathered
+
+
+class Engine(Protocol):
+    """What the door needs of the engine."""
+
+    @property
+    def queue_depth(self) -> int:
+        """Jobs accepted and unfinished."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether new work is refused."""
+
+    def submit(self, job: Job, *, caller: str, deadline: float | None, sink: Callable[[Event], None]) -> int:
+        """Accept a job."""
+
+    def cancel(self, job_id: int) -> None:
+        """Give a job up."""
+
+    def pause(self, job_id: int) -> None:
+        """Let a job sit out."""
+
+    def resume(self, job_id: int) -> None:
+        """Let a job ride again."""
+
+
+class Registry(Protocol):
+    """What the door needs of the registry."""
+
+    def get(self, reference: str) -> Servable:
+        """A model that answers requests."""
+
+    def model(self, reference: str) -> model_pb2.Model:
+        """A model whatever its state."""
+
+    def models(self) -> list[model_pb2.Model]:
+        """All models."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """What every request passes through."""
+
+    engine: Engine
+    registry: Registry
+    metrics: Metrics
+    limits: Limits
+    clock: Callable[[], float]  # monotonic seconds
+    fresh_seed: Callable[[], int]
+
+    def servable(self, reference: str) -> Servable:
+        """The model a request names.
+
+        Raises:
+            FieldsInvalidError: the reference is malformed.
+            ServingError: there is no such model, or it does not answer.
+        """
+        try:
+            return self.registry.get(reference)
+        except ValueError as error:
+            raise FieldsInvalidError([Violation("model", str(error))]) from error
+
+
+class Reply(Protocol):
+    """How the answer to one request travels."""
+
+    def send(self, response: Message, size: int, *, final: bool) -> None:
+        """Pass on a response of about `size` bytes."""
+
+    def send_later(self, source: Callable[[], list[Any]]) -> None:
+        """Pass on responses that are made when it is their turn."""
+
+    def fail(self, error: Exception) -> None:
+        """There will be no (further) answer."""
+
+
+class Exchange:
+    """What all exchanges share: at most one job at a time, and an account."""
+
+    def __init__(self, door: Door, peer: Peer, method: str, reply: Reply) -> None:
+        self.reply = reply
+        self.account = Account(door.metrics, door.clock, peer, method)
+        self._door = door
+        self._peer = peer
+        self._job_id: int | None = None
+
+    def on_event(self, event: Event) -> None:
+        """Hear from the engine."""
+        if isinstance(event, Preview):
+            self._preview(event)
+        elif isinstance(event, Finished):
+            respond.add_cost(self.account.cost, event.cost)
+            if event.last:
+                self._job_id = None
+            self._finished(event)
+        else:
+            self._job_id = None
+            self.reply.fail(event.error)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine still does something for it."""
+        return self._job_id is not None
+
+    def pause(self, paused: bool) -> None:
+        """Let its job sit out, or ride again."""
+        if self._job_id is not None:
+            (self._door.engine.pause if paused else self._door.engine.resume)(self._job_id)
+
+    def end(self, code: str, reason: str = "") -> None:
+        """Give up what is still done for it and close the account; only the first time counts."""
+        if self._job_id is not None:
+            self._door.engine.cancel(self._job_id)
+            self._job_id = None
+        self.account.close(code, reason)
+
+    def _servable(self, reference: str) -> Servable:
+        servable = self._door.servable(reference)
+        self.account.model = servable.model.name
+        return servable
+
+    def _submit(self, job: Job, deadline: float | None) -> None:
+        self.account.seed = job.seed
+        try:
+            self._job_id = self._door.engine.submit(
+                job, caller=self._peer.caller, deadline=deadline, sink=self.on_event
+            )
+        except DeadlineUnreachableError:
+            raise
+        except DeadlineError as error:
+            raise DeadlineUnreachableError(str(error)) from error
+
+    def _finished(self, event: Finished) -> None:
+        raise NotImplementedError
+
+    def _preview(self, event: Preview) -> None:
+        raise TypeError(f"{self.account.method} asks for no previews")
+
+
+_ONE_ANSWER: dict[str, tuple[Callable[..., Any], Callable[..., Message]]] = {
+    "Encode": (resolve.encode, respond.encoded),
+    "Decode": (resolve.decode, respond.decoded),
+    "DenoiseStep": (resolve.denoise_step, respond.denoised),
+    "Score": (resolve.score, respond.scored),
+}
+
+
+class SingleExchange(Exchange):
+    """Encode, Decode, DenoiseStep and Score: one answer, when all rows are done."""
+
+    def start(self, request: Any, deadline: float | None) -> None:
+        """Begin.
+
+        Raises:
+            ServingError: nothing was accepted.
+        """
+        understand, self._answer = _ONE_ANSWER[self.account.method]
+        plan = understand(request, self._servable(request.model), self._door.limits)
+        if isinstance(plan, Diffusing):
+            self.account.seed, self.account.samples = plan.seed, len(plan.samples)
+            self.reply.send(respond.diffused(plan), plan.samples.nbytes, final=True)
+            return
+        self._plan = plan
+        self._gathered = Gathered(plan.job.lane_count)
+        self._submit(plan.job, deadline)
+
+    def _finished(self, event: Finished) -> None:
+        self._gathered.add(event)
+        if event.last:
+            self.account.samples = self._gathered.lane_count
+            size = sum(values.nbytes for values in self._gathered.outputs.values())
+            self.reply.send(self._answer(self._plan, self._gathered), size, final=True)
+
+
+class SampleExchange(Exchange):
+    """Sample: one `accepted`, then previews and results as they come."""
+
+    def start(self, request: generation_service_pb2.SampleRequest, deadline: float | None) -> None:
+        """Begin.
+
+        Raises:
+            ServingError: nothing was accepted.
+        """
+        servable = self._servable(request.model)
+        self._plan: Sampling = resolve.sample(request, servable, self._door.fresh_seed(), self._door.limits)
+        self._previews = Previews()
+        queue_depth = self._door.engine.queue_depth
+        self._submit(self._plan.job, deadline)
+        accepted = respond.accepted(self._plan, queue_depth)
+        self.reply.send(generation_service_pb2.SampleResponse(accepted=accepted), 0, final=False)
+
+    def _preview(self, event: Preview) -> None:
+        if self._previews.add(event):
+            self.reply.send_later(lambda: [respond.preview(self._plan, look) for look in self._previews.take()])
+
+    def _finished(self, event: Finished) -> None:
+        self._previews.drop(event.lanes)
+        self.account.samples += len(event.lanes)
+        messages = list(respond.results(self._plan, event))
+        size = sum(values.nbytes for values in event.outputs.values()) // len(messages)
+        for message in messages:
+            self.reply.send(message, size, final=event.last and message is messages[-1])
+
+
+class LoopExchange(Exchange):
+    """`open_denoise` and its `take_step`s: answers are `LoopState`s. Steps sent ahead are taken in order."""
+
+    def __init__(self, door: Door, peer: Peer, method: str, reply: Reply) -> None:
+        super().__init__(door, peer, method, reply)
+        self._opened: Loop | None = None
+        self._ahead: deque[tuple[generation_service_pb2.TakeStep, float | None]] = deque()
+        self._step: LoopStep | None = None  # under way
+
+    def start(self, request: generation_service_pb2.SampleRequest, deadline: float | None) -> None:
+        """Open the loop. Each of its steps has a deadline of its own.
+
+        Raises:
+            ServingError: nothing was opened.
+        """
+        del deadline  # opening takes no time
+        if self._door.engine.draining:
+            raise DrainingError
+        servable = self._servable(request.model)
+        self._opened, self._position = resolve.open_loop(request, servable, self._door.fresh_seed(), self._door.limits)
+        self.account.seed = self._loop.job.seed
+        self.reply.send(respond.loop_opened(self._loop, self._position, self._door.engine.queue_depth), 0, final=False)
+
+    @property
+    def _loop(self) -> Loop:
+        if self._opened is None:
+            raise RuntimeError("the loop has not been opened")
+        return self._opened
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step is under way or lined up."""
+        return self._step is not None or len(self._ahead) > 0
+
+    @property
+    def lane_count(self) -> int:
+        """Samples whose state the server keeps; 0 before it is open."""
+        return self._opened.job.lane_count if self._opened else 0
+
+    def take_step(self, request: generation_service_pb2.TakeStep, deadline: float | None) -> None:
+        """Take a step, or line it up behind those under way.
+
+        Raises:
+            ServingError: the step cannot be taken, and with it the loop is over.
+        """
+        if self._step is not None:
+            self._ahead.append((request, deadline))
+            return
+        step = loops.take_step(request, self._loop, self._position)
+        self._gathered = Gathered(self.lane_count)
+        self._submit(step.job, deadline)
+        self._step = step
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps under way or lined up."""
+        return len(self._ahead) + (self._step is not None)
+
+    @property
+    def steps_left(self) -> int:
+        """Steps to the end of the schedule from where the loop stands now."""
+        return len(self._position.remaining)
+
+    def _finished(self, event: Finished) -> None:
+        self._gathered.add(event)
+        if not event.last or self._step is None:
+            return
+        step, self._step = self._step, None
+        outputs = self._gathered.outputs
+        self._position = loops.stepped(self._position, step, outputs["sample"], outputs["history"])
+        state = respond.loop_stepped(self._loop, self._position, step, self._gathered)
+        over = not self._position.remaining
+        self.account.samples = self.lane_count if over else 0
+        self.reply.send(state, outputs["denoised"].nbytes * (1 + step.state_requested), final=over)
+        if self._ahead and not over:
+            request, deadline = self._ahead.popleft()
+            try:
+                self.take_step(request, deadline)
+            except Exception as error:  # any failure of a step that was sent ahead ends the loop, as it would at once
+                self.reply.fail(error)

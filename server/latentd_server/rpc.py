@@ -1,0 +1,164 @@
+"""GenerationService: parse, submit, stream out. No arithmetic, no policy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from google.protobuf.message import Message
+from latentd.v1 import generation_service_pb2, generation_service_pb2_grpc
+
+from latentd_server.accounts import Account
+from latentd_server.delivery import Outbox, Source
+from latentd_server.exchange import Door, SampleExchange, SingleExchange
+from latentd_server.failures import DrainingError
+from latentd_server.handling import Context, Tally, echo, guarded, peer_of
+from latentd_server.stream import OUTBOX_BYTES, Session
+
+
+class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
+    """Sample, Encode, Decode, DenoiseStep, Score and Stream, as generation_service.proto describes them."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._sessions: set[Session] = set()
+        self._calls = Tally()
+        self._streams = Tally()
+
+    async def finish(self) -> None:
+        """Wait until every call is answered, ending each Stream as soon as all that was accepted is.
+
+        For a server that drains: the engine refuses new work by now, or this may take forever.
+        """
+        await self._calls.none()
+        for session in self._sessions:
+            session.shut()
+        await self._streams.none()
+
+    async def Encode(
+        self, request: generation_service_pb2.EncodeRequest, context: Context
+    ) -> generation_service_pb2.EncodeResponse:
+        """One answer."""
+        response: generation_service_pb2.EncodeResponse = await self._answer("Encode", request, context)
+        return response
+
+    async def Decode(
+        self, request: generation_service_pb2.DecodeRequest, context: Context
+    ) -> generation_service_pb2.DecodeResponse:
+        """One answer."""
+        response: generation_service_pb2.DecodeResponse = await self._answer("Decode", request, context)
+        return response
+
+    async def DenoiseStep(
+        self, request: generation_service_pb2.DenoiseStepRequest, context: Context
+    ) -> generation_service_pb2.DenoiseStepResponse:
+        """One answer."""
+        response: generation_service_pb2.DenoiseStepResponse = await self._answer("DenoiseStep", request, context)
+        return response
+
+    async def Score(
+        self, request: generation_service_pb2.ScoreRequest, context: Context
+    ) -> generation_service_pb2.ScoreResponse:
+        """One answer."""
+        response: generation_service_pb2.ScoreResponse = await self._answer("Score", request, context)
+        return response
+
+    # The stubs know generators only; a handler that writes hears of a broken call at once, a generator when collected.
+    async def Sample(  # type: ignore[override]
+        self, request: generation_service_pb2.SampleRequest, context: Context
+    ) -> None:
+        """One `accepted`, then previews and results."""
+        peer = peer_of(context)
+        outbox = Outbox(OUTBOX_BYTES, 0, lambda full: exchange.pause(full))
+        exchange = SampleExchange(self._door, peer, "Sample", _OutboxReply(outbox))
+
+        async def serve() -> None:
+            exchange.start(request, self._deadline(context))
+            await echo(context, peer)
+            async for response in outbox:
+                await context.write(response)
+
+        with self._calls:
+            await guarded(serve(), exchange.end, context, peer)
+
+    async def Stream(  # type: ignore[override]  # as Sample
+        self, requests: AsyncIterator[generation_service_pb2.StreamRequest], context: Context
+    ) -> None:
+        """Any of the others, many at a time."""
+        peer = peer_of(context)
+        account = Account(self._door.metrics, self._door.clock, peer, "Stream")
+        session = Session(self._door, peer, self._deadline(context))
+
+        async def serve() -> None:
+            if self._door.engine.draining:
+                raise DrainingError
+            await echo(context, peer)
+            await session.run(requests, context.write)
+
+        self._sessions.add(session)
+        try:
+            with self._streams:
+                await guarded(serve(), account.close, context, peer)
+        finally:
+            self._sessions.discard(session)
+
+    async def _answer(self, method: str, request: Message, context: Context) -> Any:
+        peer = peer_of(context)
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        exchange = SingleExchange(self._door, peer, method, _FutureReply(answer))
+
+        async def serve() -> Message:
+            exchange.start(request, self._deadline(context))
+            response = await answer
+            await echo(context, peer)
+            return response
+
+        with self._calls:
+            return await guarded(serve(), exchange.end, context, peer)
+
+    def _deadline(self, context: Context) -> float | None:
+        remaining = context.time_remaining()
+        return None if remaining is None else self._door.clock() + remaining
+
+
+class _FutureReply:
+    """Answers a unary call."""
+
+    def __init__(self, answer: asyncio.Future[Message]) -> None:
+        self._answer = answer
+
+    def send(self, response: Message, size: int, *, final: bool) -> None:
+        """Set the answer."""
+        if not self._answer.done():  # cancelled, and the engine not told yet
+            self._answer.set_result(response)
+
+    def send_later(self, source: Source) -> None:
+        """A unary call has one answer."""
+        raise TypeError("a unary call takes one answer")
+
+    def fail(self, error: Exception) -> None:
+        """Set the failure."""
+        if not self._answer.done():
+            self._answer.set_exception(error)
+
+
+class _OutboxReply:
+    """Answers a call with a stream of its own."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+
+    def send(self, response: Message, size: int, *, final: bool) -> None:
+        """Add a message."""
+        self._outbox.put(response, size)
+        if final:
+            self._outbox.close()
+
+    def send_later(self, source: Source) -> None:
+        """Add messages that are made when it is their turn."""
+        self._outbox.put_source(source)
+
+    def fail(self, error: Exception) -> None:
+        """End behind what waits."""
+        self._outbox.close(error)

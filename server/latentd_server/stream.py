@@ -1,0 +1,209 @@
+"""The Stream RPC: many requests over one bidirectional stream, each with an id of its own.
+
+One task reads and one writes; a request costs no task, no future and no header. Every id that is taken up ends with
+exactly one `final` message. The rules:
+
+* an error ends its own id only; a message that names an id wrongly (one in use, an open loop where there is none)
+  is refused with an error that leaves the id's own request alone, and is not `final` while that goes on;
+* when the client half-closes, what was accepted is finished; loops left open are then given up, and told so;
+* nothing more is read while much waits to be written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from google.protobuf.message import Message
+from latentd.v1 import generation_service_pb2 as pb
+
+from latentd_server import errors
+from latentd_server.accounts import Peer
+from latentd_server.delivery import Outbox, Source
+from latentd_server.exchange import Door, Exchange, LoopExchange, SampleExchange, SingleExchange
+from latentd_server.failures import (
+    CancelledError,
+    DrainingError,
+    FieldsInvalidError,
+    QuotaExceededError,
+    Violation,
+)
+
+OUTBOX_BYTES = 8 * 2**20
+"""What may wait for a reader before the jobs it waits for sit out."""
+
+
+class Session:
+    """One Stream call."""
+
+    def __init__(self, door: Door, peer: Peer, deadline: float | None) -> None:
+        self._door = door
+        self._peer = peer
+        self._deadline = deadline
+        self._open: dict[int, Exchange] = {}
+        self._half_closed = False
+        self._outbox = Outbox(OUTBOX_BYTES, door.limits.max_open_ids, self._reader_is_slow)
+
+    async def run(
+        self, requests: AsyncIterator[pb.StreamRequest], write: Callable[[pb.StreamResponse], Awaitable[None]]
+    ) -> None:
+        """Serve the stream until both sides are done with it."""
+        reader = asyncio.create_task(self._read(requests))
+        try:
+            async for message in self._outbox:
+                await write(message)
+        finally:
+            reader.cancel()
+            for exchange in self._open.values():
+                exchange.end("CANCELLED")
+
+    def shut(self) -> None:
+        """The server goes down: give up what is open, and end the stream behind what waits to be written."""
+        for exchange in list(self._open.values()):
+            exchange.reply.fail(DrainingError())
+        self._outbox.close(DrainingError())
+
+    def put(self, response: pb.StreamResponse, size: int) -> None:
+        """Send a message."""
+        self._outbox.put(response, size)
+
+    def put_source(self, source: Source) -> None:
+        """Send messages that are made when it is their turn."""
+        self._outbox.put_source(source)
+
+    def end(self, request_id: int, code: str, reason: str) -> None:
+        """An id has had its final message."""
+        self._open.pop(request_id).end(code, reason)
+        self.close_if_done()
+
+    async def _read(self, requests: AsyncIterator[pb.StreamRequest]) -> None:
+        try:
+            async for request in requests:
+                self._take_up(request)
+                await self._outbox.room()
+            self._half_closed = True
+            self.close_if_done()
+        except Exception as error:
+            self._outbox.close(error)
+
+    def _take_up(self, request: pb.StreamRequest) -> None:
+        """Begin what a message asks for. Whatever is wrong with it is answered, never raised."""
+        kind = request.WhichOneof("request")
+        if kind is None:
+            self._refuse(request.id, "request", "must hold one of the requests this API version knows")
+        elif kind == "cancel":
+            if request.id in self._open:  # an unknown id has just been answered
+                self._open[request.id].reply.fail(CancelledError())
+        elif kind == "take_step":
+            self._take_step(request)
+        elif request.id in self._open:
+            self._refuse(request.id, "id", f"must be unique among unfinished requests; {request.id} is unfinished")
+        else:
+            self._begin(request, kind)
+
+    def _begin(self, request: pb.StreamRequest, kind: str) -> None:
+        exchange_type, method, field = _KINDS[kind]
+        reply = IdReply(self, request.id, field)
+        exchange = self._open[request.id] = exchange_type(self._door, self._peer, method, reply)
+        try:
+            self._check_quota(request)
+            exchange.start(getattr(request, kind), self._deadline_of(request))
+        except Exception as error:
+            reply.fail(error)
+        else:
+            if self._outbox.full:
+                exchange.pause(True)
+
+    def _take_step(self, request: pb.StreamRequest) -> None:
+        exchange = self._open.get(request.id)
+        if not isinstance(exchange, LoopExchange):
+            self._refuse(request.id, "id", f"must name an open loop; {request.id} names none")
+        elif exchange.steps_ahead >= exchange.steps_left:
+            self._refuse(request.id, "take_step", f"the loop's {exchange.steps_left} last steps are under way already")
+        else:
+            try:
+                exchange.take_step(request.take_step, self._deadline_of(request))
+            except Exception as error:
+                exchange.reply.fail(error)
+
+    def _refuse(self, request_id: int, path: str, description: str) -> None:
+        """Answer a message that was not taken up; a request that is under way with its id goes on."""
+        error = errors.refusal(FieldsInvalidError([Violation(path, description)])).stream_error
+        self.put(pb.StreamResponse(id=request_id, final=request_id not in self._open, error=error), 0)
+
+    def _check_quota(self, request: pb.StreamRequest) -> None:
+        limits = self._door.limits
+        if len(self._open) > limits.max_open_ids:
+            raise QuotaExceededError("stream", f"a stream may have {limits.max_open_ids} unfinished requests at most")
+        if request.HasField("open_denoise"):
+            held = sum(other.lane_count for other in self._open.values() if isinstance(other, LoopExchange))
+            if held + request.open_denoise.sample_count > limits.max_loop_samples:
+                most = limits.max_loop_samples
+                description = f"the loops of a stream may hold {most} samples at most; they hold {held}"
+                raise QuotaExceededError("stream", description)
+
+    def _deadline_of(self, request: pb.StreamRequest) -> float | None:
+        if not request.HasField("timeout"):
+            return self._deadline
+        seconds = request.timeout.seconds + request.timeout.nanos / 1e9
+        if seconds <= 0:
+            raise FieldsInvalidError([Violation("timeout", f"must be above 0 s; got {seconds:g} s")])
+        own = self._door.clock() + seconds
+        return own if self._deadline is None else min(own, self._deadline)
+
+    def _reader_is_slow(self, slow: bool) -> None:
+        for exchange in self._open.values():
+            exchange.pause(slow)
+
+    def close_if_done(self) -> None:
+        """After half-close: once nothing is under way, loops that nobody can drive any more are given up."""
+        if not self._half_closed or any(exchange.busy for exchange in self._open.values()):
+            return
+        self._half_closed = False  # what follows comes back here
+        for exchange in list(self._open.values()):
+            exchange.reply.fail(
+                CancelledError("the client closed its side of the stream, so this loop can go no further")
+            )
+        self._outbox.close()
+
+
+class IdReply:
+    """Answers one id of a session."""
+
+    def __init__(self, session: Session, request_id: int, field: str) -> None:
+        self._session = session
+        self._id = request_id
+        self._field = field
+
+    def send(self, response: Message, size: int, *, final: bool) -> None:
+        """Pass on a response."""
+        self._session.put(self._wrapped(response, final), size)
+        if final:
+            self._session.end(self._id, "OK", "")
+        else:
+            self._session.close_if_done()
+
+    def send_later(self, source: Source) -> None:
+        """Pass on responses that are made when it is their turn."""
+        self._session.put_source(lambda: [self._wrapped(response, False) for response in source()])
+
+    def fail(self, error: Exception) -> None:
+        """End this id without a (further) answer."""
+        refusal = errors.refusal(error)
+        self._session.put(pb.StreamResponse(id=self._id, final=True, error=refusal.stream_error), 0)
+        self._session.end(self._id, refusal.code.name, refusal.reason)
+
+    def _wrapped(self, response: Any, final: bool) -> pb.StreamResponse:
+        return pb.StreamResponse(id=self._id, final=final, **{self._field: response})
+
+
+_KINDS: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "sample": (SampleExchange, "Sample", "sample"),
+    "encode": (SingleExchange, "Encode", "encode"),
+    "decode": (SingleExchange, "Decode", "decode"),
+    "denoise_step": (SingleExchange, "DenoiseStep", "denoise_step"),
+    "score": (SingleExchange, "Score", "score"),
+    "open_denoise": (LoopExchange, "DenoiseLoop", "loop"),
+}
+"""Fields of StreamRequest: what handles them, the method's name, and the field of StreamResponse that answers."""
