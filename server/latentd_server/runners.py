@@ -4,6 +4,7 @@
 leaves every lane where it was, so that the engine can run the segments again one by one.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -47,16 +48,18 @@ class _Draws:
     """Noise of many segments, drawn in one call: rows do not see each other, so who shares a call does not matter."""
 
     def __init__(self) -> None:
-        self._seeds: list[Array] = []
+        self._seeds: list[int] = []
         self._samples: list[Array] = []
-        self._steps: list[Array] = []
+        self._steps: list[int] = []
         self._rows: list[tuple[int, int, float]] = []
 
-    def want(self, start: int, stop: int, seed: int, samples: Array, steps: Array | int, scale: float = 1.0) -> None:
-        count = stop - start
-        self._seeds.append(np.full(count, seed, np.int64))
+    def want(
+        self, start: int, stop: int, seed: int, samples: Array, steps: Array | Sequence[int], scale: float = 1.0
+    ) -> None:
+        """Ask for the noise of rows start..stop."""
+        self._seeds += [seed] * (stop - start)
         self._samples.append(samples)
-        self._steps.append(np.broadcast_to(np.asarray(steps, np.int64), count))
+        self._steps.extend(steps)
         self._rows.append((start, stop, scale))
 
     def add_to(self, target: Array, purpose: Purpose, uniform: bool = False) -> None:
@@ -65,9 +68,9 @@ class _Draws:
             return
         draw = noise.uniforms if uniform else noise.normals
         values = draw(
-            np.concatenate(self._seeds),
+            np.array(self._seeds, np.int64),
             np.concatenate(self._samples),
-            np.concatenate(self._steps),
+            np.array(self._steps, np.int64),
             purpose,
             int(np.prod(target.shape[1:], dtype=np.int64)),
         )
@@ -160,17 +163,18 @@ class StepRunner:
     def run(self, segments: Sequence[Segment]) -> list[Outcome]:
         """Take one step with every lane."""
         self._park_others(segments)
-        spans = _spans(segments, lanes=True)
-        feeds = self._feeds(segments, spans)
+        feeds = self._feeds(segments)
         x, h, x0, eps = self._graph.run(("x_next", "h_next", "x0", "eps"), feeds)
         self._state = {"x": x, "h": h}
         self._riders = []
-        outcomes = []
-        for segment, span in zip(segments, spans, strict=True):
-            cohort, job = segment.cohort, _step_job(segment)
-            self._lanes[segment.entry.job_id].row[cohort.start : cohort.stop] = np.arange(span.start, span.stop)
-            self._riders.append((segment.entry.job_id, cohort.start, cohort.stop))
-            outcomes.append(_outcome(job, cohort.position, span, x, h, x0, eps))
+        outcomes, start = [], 0
+        for segment in segments:
+            cohort, job_id = segment.cohort, segment.entry.job_id
+            stop = start + segment.count
+            self._lanes[job_id].row[cohort.start : cohort.stop] = range(start, stop)
+            self._riders.append((job_id, cohort.start, cohort.stop))
+            outcomes.append(_outcome(_step_job(segment), cohort.position, slice(start, stop), x, h, x0, eps))
+            start = stop
         return outcomes
 
     def _park_others(self, segments: Sequence[Segment]) -> None:
@@ -180,7 +184,7 @@ class StepRunner:
             state = self._lanes.get(job_id)
             if state is None or (job_id, start, stop) in boarding:
                 continue
-            lanes = np.arange(start, stop)
+            lanes = slice(start, stop)
             for name, values in self._state.items():
                 if name not in state.parked:
                     state.parked[name] = np.zeros((len(state.row), *self._shape), np.float32)
@@ -188,70 +192,95 @@ class StepRunner:
             state.row[lanes] = -1
         self._riders = [rider for rider in self._riders if rider in boarding]
 
-    def _feeds(self, segments: Sequence[Segment], spans: list[slice]) -> Feeds:
+    def _feeds(self, segments: Sequence[Segment]) -> Feeds:
+        """The graph's inputs. Only lists are built lane by lane; arrays are filled a call at a time."""
         size = self._buckets.fit(sum(segment.rows for segment in segments))
-        own = np.arange(size)
+        rows: list[Array] = []  # of the newest state, by segment; -1: not there
+        labels: list[Array] = []
+        coefficients: list[Array] = []  # by lane
+        timesteps: list[int] = []
+        guided: list[tuple[int, int, float]] = []  # first lane, lanes, scale
+        starts, steps = _Draws(), _Draws()
+        x_init, h_init, z = (np.zeros((size, *self._shape), np.float32) for _ in range(3))
+        lane = 0
+        for segment in segments:
+            job, cohort = _step_job(segment), segment.cohort
+            lanes, position, count = slice(cohort.start, cohort.stop), cohort.position, segment.count
+            state = self._lanes.get(segment.entry.job_id)
+            if state is None:
+                state = self._lanes[segment.entry.job_id] = _LaneState(np.full(job.lane_count, -1, np.int64))
+            rows.append(state.row[lanes])
+            labels.append(job.labels[lanes])
+            span = slice(lane, lane + count)
+            if position == 0:
+                _start(job, lanes, span, x_init, h_init, starts)
+            elif state.row[cohort.start] < 0:  # a cohort's lanes rode together, or are parked together
+                x_init[span], h_init[span] = state.parked["x"][lanes], state.parked["h"][lanes]
+            tables = job.tables[lanes] if len(job.tables) > 1 else job.tables * count
+            coefficients += [table.coefficients[position] for table in tables]
+            timesteps += [table.timesteps[position] for table in tables]
+            if any(table.stochastic[position] for table in (job.tables if len(job.tables) == 1 else tables)):
+                number = [job.first_step_index + position] * count
+                steps.want(span.start, span.stop, job.seed, job.sample_indices[lanes], number)
+            if job.rows_per_lane == 2:
+                guided.append((lane, count, job.guidance_scale))
+            lane += count
+        starts.add_to(x_init, Purpose.START)
+        steps.add_to(z, Purpose.STEP)
+        row = np.concatenate(rows)
+        label, timestep = np.zeros((2, size), np.int64)
+        label[:lane], timestep[:lane] = np.concatenate(labels), timesteps
+        table = np.zeros((len(samplers.COLUMNS), size), np.float32)
+        table[:, :lane] = np.array(coefficients).T
         feeds: Feeds = {
             **self._state,
-            **{name: np.zeros((size, *self._shape), np.float32) for name in ("x_init", "h_init", "z")},
-            **{name: np.zeros(size, np.int64) for name in ("slot", "timestep", "label")},
-            **{name: own.copy() for name in ("lane", "row_u", "row_c")},
+            "x_init": x_init,
+            "h_init": h_init,
+            "z": z,
+            "slot": np.zeros(size, np.int64),
             "reset": np.ones(size, bool),
-            "w": np.ones(size, np.float32),
-            "coefficients": np.zeros((len(samplers.COLUMNS), size), np.float32),
+            "timestep": timestep,
+            "coefficients": table,
+            **_rows_of_lanes(size, lane, guided, timestep, label),
         }
-        starts, steps = _Draws(), _Draws()
-        free_row = spans[-1].stop  # guided lanes' second rows come after everybody's first
-        for segment, span in zip(segments, spans, strict=True):
-            job, cohort = _step_job(segment), segment.cohort
-            lanes = slice(cohort.start, cohort.stop)
-            self._place(feeds, segment, span, starts)
-            tables = job.tables if len(job.tables) == 1 else job.tables[lanes]
-            position = cohort.position
-            feeds["timestep"][span] = [table.timesteps[position] for table in tables]
-            feeds["coefficients"][:, span] = np.stack([table.coefficients[position] for table in tables], axis=1)
-            feeds["label"][span] = job.labels[lanes]
-            if any(table.stochastic[position] for table in tables):
-                samples = job.sample_indices[lanes]
-                steps.want(span.start, span.stop, job.seed, samples, job.first_step_index + position)
-            if job.rows_per_lane == 2:
-                second = slice(free_row, free_row + cohort.count)
-                free_row = second.stop
-                feeds["lane"][second] = own[span]
-                feeds["timestep"][second] = feeds["timestep"][span]
-                feeds["label"][second] = -1
-                feeds["row_u"][span] = own[second]
-                feeds["w"][span] = job.guidance_scale
-        starts.add_to(feeds["x_init"], Purpose.START)
-        steps.add_to(feeds["z"], Purpose.STEP)
-        if not self._has_label:
-            del feeds["label"]
+        feeds["slot"][:lane] = np.maximum(row, 0)
+        feeds["reset"][:lane] = row < 0
+        if self._has_label:
+            feeds["label"] = label
         return feeds
 
-    def _place(self, feeds: Feeds, segment: Segment, span: slice, starts: _Draws) -> None:
-        """Say where the lanes' x and h come from: their rows of the state, the host, or the start."""
-        job, cohort, job_id = _step_job(segment), segment.cohort, segment.entry.job_id
-        lanes = slice(cohort.start, cohort.stop)
-        state = self._lanes.get(job_id)
-        if state is None:
-            state = self._lanes[job_id] = _LaneState(np.full(job.lane_count, -1, np.int64))
-        if cohort.position == 0:
-            start = job.start
-            if start.values is not None:
-                values = start.values if len(start.values) == 1 else start.values[lanes]
-                feeds["x_init"][span] = values if start.scale == 1.0 else np.float32(start.scale) * values
-            if start.noise_scale:
-                starts.want(span.start, span.stop, job.seed, job.sample_indices[lanes], 0, start.noise_scale)
-            if start.history is not None:
-                feeds["h_init"][span] = start.history[lanes]
-            return
-        rows = state.row[lanes]
-        if rows[0] >= 0:  # a cohort's lanes rode together, or are parked together
-            feeds["slot"][span] = rows
-            feeds["reset"][span] = False
-        else:
-            feeds["x_init"][span] = state.parked["x"][lanes]
-            feeds["h_init"][span] = state.parked["h"][lanes]
+
+def _start(job: StepJob, lanes: slice, span: slice, x_init: Array, h_init: Array, draws: _Draws) -> None:
+    """Write x and h before the first evaluation, but for the noise, which is asked for."""
+    start = job.start
+    if start.values is not None:
+        values = start.values if len(start.values) == 1 else start.values[lanes]
+        x_init[span] = values if start.scale == 1.0 else np.float32(start.scale) * values
+    if start.noise_scale:
+        count = span.stop - span.start
+        draws.want(span.start, span.stop, job.seed, job.sample_indices[lanes], [0] * count, start.noise_scale)
+    if start.history is not None:
+        h_init[span] = start.history[lanes]
+
+
+def _rows_of_lanes(
+    size: int, lane_count: int, guided: list[tuple[int, int, float]], timestep: Array, label: Array
+) -> Feeds:
+    """Which lane each network row is of. Every lane has the row of its number; guided lanes' second rows, the
+    unconditional ones, come after everybody's first, and `timestep` and `label` are filled in for them.
+    """
+    own = np.arange(size)
+    lane, row_u, w = own.copy(), own.copy(), np.ones(size, np.float32)
+    free = lane_count
+    for first, count, scale in guided:
+        lanes, second = slice(first, first + count), slice(free, free + count)
+        free += count
+        lane[second] = own[lanes]
+        timestep[second] = timestep[lanes]
+        label[second] = -1
+        row_u[lanes] = own[second]
+        w[lanes] = scale
+    return {"lane": lane, "row_u": row_u, "row_c": own, "w": w}
 
 
 def _outcome(job: StepJob, position: int, span: slice, x: Array, h: Array, x0: Array, eps: Array) -> Outcome:
@@ -269,14 +298,10 @@ def _outcome(job: StepJob, position: int, span: slice, x: Array, h: Array, x0: A
     return Outcome(preview=x0[span].copy() if due else None)
 
 
-def _spans(segments: Sequence[Segment], lanes: bool = False) -> list[slice]:
-    """The rows (or, with `lanes`, the lanes) of each segment in the call, one behind the other."""
-    spans, start = [], 0
-    for segment in segments:
-        stop = start + (segment.cohort.count if lanes else segment.rows)
-        spans.append(slice(start, stop))
-        start = stop
-    return spans
+def _spans(segments: Sequence[Segment]) -> list[slice]:
+    """The rows of each segment in the call, one behind the other."""
+    stops = list(itertools.accumulate(segment.rows for segment in segments))
+    return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
 
 def _step_job(segment: Segment) -> StepJob:

@@ -61,22 +61,24 @@ class Entry:
     riding: int = 0  # lanes in the batch under way
     paused: bool = False
     key: GraphKey = field(init=False)
+    rows_per_lane: int = field(init=False)
     evaluation_count: int = field(init=False)  # of one lane's walk
 
     def __post_init__(self) -> None:
         self.key = graph_key(self.job)
+        self.rows_per_lane = self.job.rows_per_lane
         self.evaluation_count = len(self.job.tables[0].timesteps) if isinstance(self.job, StepJob) else 1
 
     @property
     def waiting_rows(self) -> int:
         """Rows its waiting lanes would take if all of them rode now."""
-        return sum(cohort.count for cohort in self.cohorts) * self.job.rows_per_lane
+        return sum(cohort.count for cohort in self.cohorts) * self.rows_per_lane
 
     @property
     def outstanding(self) -> int:
         """Evaluations still to be run for its waiting lanes."""
         steps = sum(cohort.count * (self.evaluation_count - cohort.position) for cohort in self.cohorts)
-        return steps * self.job.rows_per_lane
+        return steps * self.rows_per_lane
 
     @property
     def is_over(self) -> bool:
@@ -90,11 +92,8 @@ class Segment:
 
     entry: Entry
     cohort: Cohort
-
-    @property
-    def rows(self) -> int:
-        """Rows it takes in the call."""
-        return self.cohort.count * self.entry.job.rows_per_lane
+    count: int  # lanes
+    rows: int  # what they take in the call
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,13 +226,14 @@ class Scheduler:
             riders = _board(callers[name], rows)
             segments += riders
             left -= sum(segment.rows for segment in riders)
-        for name in sorted(callers, key=queue.callers.__getitem__):  # rows that nobody's lanes fitted exactly
-            riders = _board(callers[name], left)
-            segments += riders
-            left -= sum(segment.rows for segment in riders)
+        if left and len(callers) > 1:  # rows that nobody's lanes fitted exactly
+            for name in sorted(callers, key=queue.callers.__getitem__):
+                riders = _board(callers[name], left)
+                segments += riders
+                left -= sum(segment.rows for segment in riders)
         for segment in segments:
             queue.callers[segment.entry.caller] += segment.rows
-            segment.entry.riding += segment.cohort.count
+            segment.entry.riding += segment.count
             if segment.cohort.position == 0:
                 segment.cohort.cost.queue_s = now_s - segment.entry.admitted_s
         return Batch(segments[0].entry.key, segments)
@@ -241,9 +241,11 @@ class Scheduler:
     def _allot(self, queue: "_Queue", callers: dict[str, list[Entry]]) -> dict[str, int]:
         """Rows for each caller: one lane's worth each, the least served first, then equal shares of the rest."""
         left = self._max_rows
+        if len(callers) == 1:
+            return dict.fromkeys(callers, left)
         allotted: dict[str, int] = {}
         for name in sorted(callers, key=queue.callers.__getitem__):
-            rows = callers[name][0].job.rows_per_lane
+            rows = callers[name][0].rows_per_lane
             if rows <= left:
                 allotted[name] = rows
                 left -= rows
@@ -261,10 +263,10 @@ class Scheduler:
         arrivals: list[Arrival] = []
         for segment in batch.segments:
             entry, cohort = segment.entry, segment.cohort
-            entry.riding -= cohort.count
+            entry.riding -= segment.count
             cohort.position += 1
             cohort.cost.compute_s += seconds
-            cohort.cost.evaluations += entry.job.rows_per_lane
+            cohort.cost.evaluations += entry.rows_per_lane
             cohort.cost.batches += 1
             cohort.cost.rows += live_rows
             done = cohort.position == entry.evaluation_count
@@ -278,11 +280,12 @@ def _board(entries: list[Entry], rows: int) -> list[Segment]:
     """Seat lanes in up to `rows` rows: one caller's jobs, oldest first, skipping lanes that do not fit."""
     segments: list[Segment] = []
     for entry in entries:
-        per_lane = entry.job.rows_per_lane
+        per_lane = entry.rows_per_lane
         while entry.cohorts and rows >= per_lane:
             cohort = entry.cohorts[0]
             count = min(cohort.count, rows // per_lane)
-            segments.append(Segment(entry, entry.cohorts.pop(0) if count == cohort.count else cohort.split(count)))
+            riders = entry.cohorts.pop(0) if count == cohort.count else cohort.split(count)
+            segments.append(Segment(entry, riders, count, count * per_lane))
             rows -= count * per_lane
     return segments
 
