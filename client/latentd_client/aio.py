@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from functools import wraps
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
@@ -175,12 +175,10 @@ class AsyncClient:
     async def _call(self, ask: Unary, deadline: Deadline) -> Any:
         self._liveness.check()
         request_id = new_request_id()
-        try:
+        with self._translated(request_id):
             return await self._unary_calls[ask.rpc](
                 ask.request, timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
             )
-        except grpc.RpcError as error:
-            raise translate(error, request_id) from error
 
     async def _gather(self, run: SampleRun, deadline: Deadline) -> Samples:
         run.one_class = True
@@ -197,18 +195,32 @@ class AsyncClient:
                 run.next_request(), timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
             )
             try:
-                async for response in call:
-                    for event in run.receive(response):
-                        yield event
-                if run.done:
-                    attempts.throttle.succeeded()
-                    return
-                failure: errors.LatentdError = run.incomplete()
-            except grpc.RpcError as error:
-                failure = translate(error, request_id)
+                with self._translated(request_id):
+                    async for response in call:
+                        for event in run.receive(response):
+                            yield event
+                failure: errors.LatentdError | None = run.shortfall()
+            except errors.LatentdError as error:
+                failure = error
             finally:
                 call.cancel()
-            await self._pause(attempts, failure, run.progress, deadline)
+            if failure is not None:
+                await self._pause(attempts, failure, run.progress, deadline)
+        attempts.throttle.succeeded()
+
+    @contextlib.contextmanager
+    def _translated(self, request_id: str) -> Iterator[None]:
+        """Raise this library's errors for gRPC's."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise translate(error, request_id) from error
+        except asyncio.CancelledError:
+            # gRPC raises this for calls that `close` gave up; a task that was cancelled itself must see it unchanged.
+            task = asyncio.current_task()
+            if self._liveness.closed and task is not None and not task.cancelling():
+                raise errors.Cancelled("the client was closed", request_id=request_id) from None
+            raise
 
     async def _pause(self, attempts: Attempts, failure: errors.LatentdError, progress: int, deadline: Deadline) -> None:
         """Wait before the next attempt, or raise `failure` if there shall be none."""
@@ -276,10 +288,9 @@ class AsyncDenoiseLoop(LoopView):
         """Send what this stream has not had yet, on a new stream if it breaks."""
         while True:
             try:
-                await self._exchange()
+                with self._client._translated(self._request_id):
+                    await self._exchange()
                 return
-            except grpc.RpcError as error:
-                failure = translate(error, self._request_id)
             except errors.LatentdError as error:
                 failure = error
             await self.close()

@@ -180,16 +180,14 @@ def new_request_id() -> str:
 
 
 def translate(error: grpc.RpcError, request_id: str) -> errors.LatentdError:
-    """The exception for what gRPC raised, which becomes its cause."""
+    """The exception for what gRPC raised."""
     call: Any = error  # both of gRPC's error types are also calls, which their stubs do not say
     trailers = dict(call.trailing_metadata() or ())
     pushback_ms = str(trailers.get(PUSHBACK_KEY, ""))
-    translated = errors.from_status(
+    return errors.from_status(
         call.code().value[0],
         call.details() or "",
         errors.read_details(trailers.get("grpc-status-details-bin")),
         pushback_s=int(pushback_ms) / 1000 if pushback_ms.isdecimal() else None,
         request_id=request_id,
     )
-    translated.__cause__ = error
-    return translated

@@ -191,6 +191,11 @@ class ProtocolError(LatentdError):
 
     default_code = Code.INTERNAL
 
+    @property
+    def retryable(self) -> bool:
+        """Never: the server means what it says."""
+        return False
+
 
 class DeterminismChanged(LatentdError):
     """A denoising loop lost its server, and the one that took over promises other bytes; start the loop anew."""

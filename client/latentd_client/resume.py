@@ -1,8 +1,8 @@
 """A request for samples that survives broken streams. Pure: what to ask next, given what has arrived.
 
-Sample i depends on (seed, i) alone, and the seed is in the request. So when a stream breaks, the smallest contiguous
-range that covers what is missing is asked for anew, what arrives twice is dropped, and the caller sees each sample
-once. What comes after a break must promise the same bytes (`determinism_class`); if it does not:
+Sample i depends on (seed, i) alone, and the seed is in the request. So when a stream breaks, what is missing is asked
+for anew, one contiguous range a stream, nothing is computed twice, and the caller sees each sample once.
+What comes after a break must promise the same bytes (`determinism_class`); if it does not:
 
 * a caller who is handed samples as they arrive is told by a second `Accepted`;
 * a caller who waits for all of them gets all of them from one class: those of the earlier class are asked for again.
@@ -17,7 +17,7 @@ from latentd.v1 import generation_service_pb2 as pb
 from numpy.typing import NDArray
 
 from latentd_client import messages
-from latentd_client.errors import ProtocolError
+from latentd_client.errors import ProtocolError, ServerUnavailable
 from latentd_client.model import Model
 from latentd_client.results import Accepted, Event, Preview, Samples, Stats
 
@@ -43,7 +43,8 @@ class SampleRun:
         self.one_class = False
         self.accepted: Accepted | None = None
         self.progress = 0  # most samples that were ever there at once
-        self._offset = 0  # of the current stream's samples in the whole request
+        self._offset = 0  # the current stream was asked for samples _offset <= i < _stop of the whole request
+        self._stop = request.sample_count
         self._arrived = np.zeros(0, bool)  # by sample; allocated when the server has agreed to the count
         self._previewed_steps = np.zeros(0, np.int64)
 
@@ -59,10 +60,12 @@ class SampleRun:
         """What to send on a fresh stream."""
         missing = np.flatnonzero(~self._arrived)
         if self.accepted is None or len(missing) == 0:
-            self._offset = 0
+            self._offset, self._stop = 0, self.request.sample_count
             return self.request
-        self._offset, last = int(missing[0]), int(missing[-1])
-        return part_of(self.accepted.resolved_request, self._offset, last + 1)
+        self._offset = int(missing[0])
+        gaps = np.flatnonzero(np.diff(missing) > 1)
+        self._stop = int(missing[gaps[0] if len(gaps) else -1]) + 1
+        return part_of(self.accepted.resolved_request, self._offset, self._stop)
 
     def receive(self, response: pb.SampleResponse) -> list[Event]:
         """What a message means to the caller.
@@ -79,9 +82,10 @@ class SampleRun:
                 return self._receive_result(response.result)
         return []  # an event of a newer server
 
-    def incomplete(self) -> ProtocolError:
-        """What to say of a stream that ended well without sending everything."""
-        return ProtocolError(f"the server ended the stream with {(~self._arrived).sum()} samples missing")
+    def shortfall(self) -> ServerUnavailable | None:
+        """What is wrong with a stream that ended well; None if it brought all that it was asked for."""
+        missing = self._stop - self._offset - int(self._arrived[self._offset : self._stop].sum())
+        return ServerUnavailable(f"the server ended the stream with {missing} samples missing") if missing else None
 
     def _receive_accepted(self, message: pb.SampleAccepted) -> list[Event]:
         before = self.accepted
@@ -162,7 +166,7 @@ class SampleRun:
 
     def _indices(self, sample_indices: Sequence[int]) -> NDArray[np.int64]:
         indices = np.array(sample_indices, np.int64) + self._offset
-        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self._arrived):
+        if len(indices) and not self._offset <= indices.min() <= indices.max() < self._stop:
             raise ProtocolError(f"the server sent samples {list(sample_indices)}, which nobody asked for")
         if len(np.unique(indices)) != len(indices):
             raise ProtocolError(f"the server sent samples {list(sample_indices)}, some of them twice in one message")

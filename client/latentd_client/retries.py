@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from latentd_client.errors import LatentdError
 
 _GRPC_MAX_ATTEMPTS = 5  # gRFC A6: more counts as 5
+_MIN_BACKOFF_S = 0.01  # with 0.001, gRPC 1.85 rounds some waits to nothing and then never tries again
 _TOKENS = 100
 _TOKEN_RATIO = 0.1
 
@@ -33,9 +34,10 @@ class Retries:
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}")
-        if not 0 < self.initial_backoff_s <= self.max_backoff_s:
+        if not _MIN_BACKOFF_S <= self.initial_backoff_s <= self.max_backoff_s:
             raise ValueError(
-                f"need 0 < initial_backoff_s <= max_backoff_s, got {self.initial_backoff_s} and {self.max_backoff_s}"
+                f"need {_MIN_BACKOFF_S} <= initial_backoff_s <= max_backoff_s, "
+                f"got {self.initial_backoff_s} and {self.max_backoff_s}"
             )
         if self.backoff_multiplier < 1:
             raise ValueError(f"backoff_multiplier must be at least 1, got {self.backoff_multiplier}")

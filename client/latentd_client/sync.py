@@ -1,5 +1,6 @@
 """The synchronous client: a thin shell that sends what `calls` asks for. Safe to use from many threads."""
 
+import contextlib
 import queue
 import random
 import threading
@@ -80,6 +81,15 @@ def _looped(program: "_SamplingProgram[_P]") -> "Callable[Concatenate[Client, _P
         return DenoiseLoop(self, program(self._catalogue, *args, **kwargs))
 
     return method
+
+
+@contextlib.contextmanager
+def _translated(request_id: str) -> Iterator[None]:
+    """Raise this library's errors for gRPC's."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise translate(error, request_id) from error
 
 
 class Client:
@@ -173,12 +183,10 @@ class Client:
     def _call(self, ask: Unary, deadline: Deadline) -> Any:
         self._liveness.check()
         request_id = new_request_id()
-        try:
+        with _translated(request_id):
             return self._unary_calls[ask.rpc](
                 ask.request, timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
             )
-        except grpc.RpcError as error:
-            raise translate(error, request_id) from error
 
     def _gather(self, run: SampleRun, deadline: Deadline) -> Samples:
         run.one_class = True
@@ -195,17 +203,17 @@ class Client:
                 run.next_request(), timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
             )
             try:
-                for response in call:
-                    yield from run.receive(response)
-                if run.done:
-                    attempts.throttle.succeeded()
-                    return
-                failure: errors.LatentdError = run.incomplete()
-            except grpc.RpcError as error:
-                failure = translate(error, request_id)
+                with _translated(request_id):
+                    for response in call:
+                        yield from run.receive(response)
+                failure: errors.LatentdError | None = run.shortfall()
+            except errors.LatentdError as error:
+                failure = error
             finally:
                 call.cancel()
-            self._pause(attempts, failure, run.progress, deadline)
+            if failure is not None:
+                self._pause(attempts, failure, run.progress, deadline)
+        attempts.throttle.succeeded()
 
     def _pause(self, attempts: Attempts, failure: errors.LatentdError, progress: int, deadline: Deadline) -> None:
         """Wait before the next attempt, or raise `failure` if there shall be none."""
@@ -278,10 +286,9 @@ class DenoiseLoop(LoopView):
         """Send what this stream has not had yet, on a new stream if it breaks."""
         while True:
             try:
-                self._exchange()
+                with _translated(self._request_id):
+                    self._exchange()
                 return
-            except grpc.RpcError as error:
-                failure = translate(error, self._request_id)
             except errors.LatentdError as error:
                 failure = error
             self.close()
