@@ -1,80 +1,23 @@
-"""Samplers as tables of numbers: one row of coefficients for each evaluation of the denoiser.
+"""Samplers by name, and what they do as tables of numbers: one row for each evaluation of the denoiser.
 
-The step graph knows no sampler. With x the state, m the network's output at (x, timestep), h the history
-register and z fresh noise from N(0, I), it computes for each lane, in float32:
-
-    x0  = clip(px x + pm m, lo, hi)
-    x'  = a x + b x0 + c h + d m + s z
-    h'  = e x + f x0 + g h
-    eps = ex x + em m                     (reported, never clipped)
-
-Everything here is about a step from level (alpha, sigma) to level (alpha', sigma'), where
-x = alpha x0 + sigma eps. Let r = (sigma' / alpha') / (sigma / alpha), the ratio of the noise-to-signal ratios,
-and let the step replace the share eta of the noise that it can. Then (DDIM, arXiv 2010.02502, eq. 12 and 16)
-
-    x'  = alpha' x0 + k eps + s z,   s = eta sigma' sqrt(1 - r^2),   k = sqrt(sigma'^2 - s^2),
-
-and all first-order samplers are this equation. They differ in eta, and in the eps they use where x0 is clipped:
-
-* `ddim` keeps the network's own eps, as diffusers does by default;
-* the others use (x - alpha x0) / sigma, the eps that agrees with the clipped x0. With eta 0 that is `euler`, on
-  the probability-flow ODE in X = x / alpha over sigma / alpha (Karras et al., arXiv 2206.00364, algorithm 1
-  without churn); with any eta, `euler-ancestral` (k-diffusion); with eta 1, `ddpm` with the posterior's own
-  variance (arXiv 2006.11239, eq. 7).
-
-`dpmpp-2m` and `dpmpp-2m-sde` (DPM-Solver++, arXiv 2211.01095, algorithm 2, and its SDE form) are that step, at
-eta 0 and 1, with x0 extrapolated by the x0 before it. `heun` (arXiv 2206.00364, algorithm 1) is the trapezoidal
-rule in X.
-
-r = sigma' alpha / (alpha' sigma) never divides by the noisier level's alpha, so a terminal alpha of 0
-(which `Schedule` allows where v or x0 is predicted) needs no special case but in `heun`, which says its own.
+The equations are in `solvers.py`; here they are checked, put in order, rounded to float32 and kept.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentd_server.schedules import CLEAN, SMALLEST_LEVEL, Prediction, Schedule
-
-HEUN_SMALLEST_ALPHA = 0.005
-"""Below this, where sigma / alpha is above 200, a step of `heun` is one of `euler`."""
-
-
-class Row(NamedTuple):
-    """The coefficients of one evaluation; the module's docstring says what each multiplies."""
-
-    px: float
-    pm: float
-    a: float = 0.0
-    b: float = 0.0
-    c: float = 0.0
-    d: float = 0.0
-    s: float = 0.0
-    e: float = 0.0
-    f: float = 0.0
-    g: float = 0.0
-    ex: float = 0.0
-    em: float = 0.0
-    lo: float = -math.inf
-    hi: float = math.inf
-
+from latentd_server import solvers
+from latentd_server.schedules import CLEAN, Schedule
+from latentd_server.solvers import Evaluation, Row, Step
 
 COLUMNS = Row._fields
 """What the columns of `Table.coefficients` are."""
-
-
-class Evaluation(NamedTuple):
-    """One evaluation of the denoiser and the update that follows it."""
-
-    timestep: int  # what the network is told
-    row: Row
-    ends_step: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,17 +56,6 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One solver step: from `current` to `following`; `previous` is where the step before began, if there was one."""
-
-    schedule: Schedule
-    previous: int | None
-    current: int
-    following: int
-    eta: float
-
-
-@dataclass(frozen=True, slots=True)
 class Sampler:
     """How a sampler takes a step.
 
@@ -136,6 +68,18 @@ class Sampler:
     take: Callable[[Step], Iterator[Evaluation]]
     eta: float
     takes_eta: bool = False
+
+
+SAMPLERS = {
+    "ddim": Sampler(solvers.ddim, eta=0.0, takes_eta=True),
+    "ddpm": Sampler(solvers.first_order, eta=1.0),
+    "dpmpp-2m": Sampler(solvers.multistep, eta=0.0),
+    "dpmpp-2m-sde": Sampler(solvers.multistep, eta=1.0),
+    "euler": Sampler(solvers.first_order, eta=0.0),
+    "euler-ancestral": Sampler(solvers.first_order, eta=1.0, takes_eta=True),
+    "heun": Sampler(solvers.heun, eta=0.0),
+}
+"""By wire name; `latentd.names.SAMPLERS` lists the same."""
 
 
 def default_eta(sampler: str) -> float | None:
@@ -178,11 +122,6 @@ def descent(schedule: Schedule, sampler: str, timesteps: Sequence[int], eta: flo
 def inversion(schedule: Schedule, timesteps: Sequence[int]) -> Table:
     """DDIM inversion from clean data up the reverse of `timesteps`, the list that `descent` walks down.
 
-    The deterministic DDIM step with the levels swapped, as diffusers' DDIMInverseScheduler does it: the network is
-    told the timestep that the step goes to, because it has never seen clean data. Its eps is read at that level, and
-    x0 = (x - sigma eps) / alpha at the level where x is. So the latent does not depend on what the network predicts;
-    diffusers, which reads v and x0 at the level where x is, differs there (and divides by 0 at clean data for x0).
-
     Raises:
         ValueError: says what is allowed.
     """
@@ -200,7 +139,7 @@ def single_step(schedule: Schedule, current: int, following: int | None, eta: fl
     if following is not None:
         return step_rows(schedule, "ddim", None, current, following, resolved_eta)
     _check_falling(schedule, (current,))
-    return Table.of([Evaluation(current, _estimate(schedule, *schedule.level(current))._replace(a=1.0))])
+    return Table.of([Evaluation(current, solvers.estimate(schedule, *schedule.level(current))._replace(a=1.0))])
 
 
 def descent_evaluations(schedule: Schedule, sampler: str, timesteps: Sequence[int], eta: float) -> Iterator[Evaluation]:
@@ -208,23 +147,6 @@ def descent_evaluations(schedule: Schedule, sampler: str, timesteps: Sequence[in
     walk = zip((None, *timesteps[:-1]), timesteps, (*timesteps[1:], CLEAN), strict=True)
     for previous, current, following in walk:
         yield from SAMPLERS[sampler].take(Step(schedule, previous, current, following, eta))
-
-
-def inversion_evaluations(schedule: Schedule, timesteps: Sequence[int]) -> Iterator[Evaluation]:
-    """What `inversion` tabulates, in float64."""
-    rising = timesteps[::-1]
-    for source, target in pairwise((CLEAN, *rising)):
-        alpha, sigma = schedule.level(source)
-        alpha_next, sigma_next = schedule.level(target)
-        told = _estimate(schedule, alpha_next, sigma_next)
-        row = told._replace(
-            px=(1 - sigma * told.ex) / alpha,
-            pm=-sigma * told.em / alpha,
-            a=sigma_next * told.ex,
-            b=alpha_next,
-            d=sigma_next * told.em,
-        )
-        yield Evaluation(target, row)
 
 
 @lru_cache(maxsize=4096)
@@ -241,101 +163,7 @@ def _descent_table(schedule: Schedule, sampler: str, timesteps: tuple[int, ...],
 
 @lru_cache(maxsize=256)
 def _inversion_table(schedule: Schedule, timesteps: tuple[int, ...]) -> Table:
-    return Table.of(inversion_evaluations(schedule, timesteps))
-
-
-def _ddim(step: Step) -> Iterator[Evaluation]:
-    alpha, kept, fresh = _noise_split(step)
-    estimate = _estimate(step.schedule, *step.schedule.level(step.current))
-    yield Evaluation(step.current, estimate._replace(a=kept * estimate.ex, b=alpha, d=kept * estimate.em, s=fresh))
-
-
-def _first_order(step: Step) -> Iterator[Evaluation]:
-    yield Evaluation(step.current, _first_order_row(step))
-
-
-def _multistep(step: Step) -> Iterator[Evaluation]:
-    """DPM-Solver++(2M): x0 is replaced by x0 + q (x0 - h), where h holds the x0 of the step before.
-
-    q = (lambda' - lambda) / (2 (lambda - lambda_before)), lambda = log(alpha / sigma). The first step has no x0
-    before it and the last an infinite lambda': both are of first order. q is 0 after a terminal alpha of 0.
-    """
-    row = _first_order_row(step)
-    extrapolation = 0.0
-    if step.previous is not None and step.following != CLEAN:
-        log_snrs = [_log_snr(*step.schedule.level(t)) for t in (step.previous, step.current, step.following)]
-        extrapolation = (log_snrs[2] - log_snrs[1]) / (2 * (log_snrs[1] - log_snrs[0]))
-    yield Evaluation(step.current, row._replace(b=row.b * (1 + extrapolation), c=-row.b * extrapolation, f=1.0))
-
-
-def _heun(step: Step) -> Iterator[Evaluation]:
-    """Two evaluations: Euler's predictor, whose half step waits in h, and the other half at where it led.
-
-    In X = x / alpha, dX / dv = (X - x0) / v with v = sigma / alpha. The last step, whose end has no derivative, is
-    Euler's, and so is a step from where v is above 200. There dX / dv is constant but for s^2 / 2 v^2 (s^2 the data's
-    variance), so that Euler is exact, while the rule's error grows with v: on a cosine schedule, which begins at
-    v = 20,000, ten steps would end with ten times the data's spread. EDM, from which this comes, begins at v = 80.
-    """
-    alpha, sigma = step.schedule.level(step.current)
-    alpha_next, sigma_next = step.schedule.level(step.following)
-    predictor = _first_order_row(step)
-    if step.following == CLEAN or alpha < HEUN_SMALLEST_ALPHA:
-        yield Evaluation(step.current, predictor)
-        return
-    change = sigma_next / alpha_next - sigma / alpha
-    half = alpha_next * change / 2
-    to_derivative = half * alpha / sigma
-    yield Evaluation(
-        step.current,
-        predictor._replace(e=alpha_next / alpha + to_derivative / alpha, f=-to_derivative),
-        ends_step=False,
-    )
-    from_derivative = half * alpha_next / sigma_next
-    corrector = _estimate(step.schedule, alpha_next, sigma_next)
-    yield Evaluation(step.following, corrector._replace(a=from_derivative / alpha_next, b=-from_derivative, c=1.0))
-
-
-SAMPLERS = {
-    "ddim": Sampler(_ddim, eta=0.0, takes_eta=True),
-    "ddpm": Sampler(_first_order, eta=1.0),
-    "dpmpp-2m": Sampler(_multistep, eta=0.0),
-    "dpmpp-2m-sde": Sampler(_multistep, eta=1.0),
-    "euler": Sampler(_first_order, eta=0.0),
-    "euler-ancestral": Sampler(_first_order, eta=1.0, takes_eta=True),
-    "heun": Sampler(_heun, eta=0.0),
-}
-"""By wire name; `latentd.names.SAMPLERS` lists the same."""
-
-
-def _estimate(schedule: Schedule, alpha: float, sigma: float) -> Row:
-    """How the network's output becomes x0 and eps at a level; no update yet."""
-    lo, hi = schedule.clip or (-math.inf, math.inf)
-    if schedule.prediction == Prediction.PREDICTION_EPSILON:
-        return Row(px=1 / alpha, pm=-sigma / alpha, ex=0.0, em=1.0, lo=lo, hi=hi)
-    if schedule.prediction == Prediction.PREDICTION_V:
-        return Row(px=alpha, pm=-sigma, ex=sigma, em=alpha, lo=lo, hi=hi)
-    return Row(px=0.0, pm=1.0, ex=1 / sigma, em=-alpha / sigma, lo=lo, hi=hi)
-
-
-def _first_order_row(step: Step) -> Row:
-    alpha, sigma = step.schedule.level(step.current)
-    alpha_next, kept, fresh = _noise_split(step)
-    share = kept / sigma
-    return _estimate(step.schedule, alpha, sigma)._replace(a=share, b=alpha_next - alpha * share, s=fresh)
-
-
-def _noise_split(step: Step) -> tuple[float, float, float]:
-    """(alpha', k, s): the signal, the old noise and the fresh noise after the step."""
-    alpha, sigma = step.schedule.level(step.current)
-    alpha_next, sigma_next = step.schedule.level(step.following)
-    ratio = sigma_next * alpha / (alpha_next * sigma)
-    replaced = step.eta**2 * (1 - ratio**2)
-    return alpha_next, sigma_next * math.sqrt(1 - replaced), sigma_next * math.sqrt(replaced)
-
-
-def _log_snr(alpha: float, sigma: float) -> float:
-    """The lambda of DPM-Solver, log(alpha / sigma); -inf at a terminal alpha of 0."""
-    return math.log(alpha / sigma) if alpha >= SMALLEST_LEVEL else -math.inf
+    return Table.of(solvers.inversion(schedule, timesteps))
 
 
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:

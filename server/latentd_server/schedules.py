@@ -15,7 +15,7 @@ CLEAN = -1
 """The timestep of clean data: alpha 1, sigma 0."""
 
 SMALLEST_LEVEL = 1e-6
-"""Below this an alpha counts as zero, and a sigma cannot be divided by in float32."""
+"""Below this an alpha counts as zero, and a sigma as too small to divide by."""
 
 _PREDICTIONS = (Prediction.PREDICTION_EPSILON, Prediction.PREDICTION_V, Prediction.PREDICTION_SAMPLE)
 
@@ -64,11 +64,6 @@ class Schedule:
     def timestep_count(self) -> int:
         """T, the number of timesteps the network was trained on."""
         return len(self.alphas)
-
-    @property
-    def terminal_snr_is_zero(self) -> bool:
-        """Whether x at the last timestep is noise alone."""
-        return bool(self.alphas[-1] < SMALLEST_LEVEL)
 
     def level(self, timestep: int) -> tuple[float, float]:
         """(alpha, sigma) at `timestep`; -1 is clean data.
@@ -127,10 +122,10 @@ def _problems(schedule: Schedule) -> list[str]:
     if not (np.isfinite(alphas).all() and np.isfinite(sigmas).all()):
         return [*problems, "alphas and sigmas must be finite"]
 
-    learns_from_noise = schedule.prediction == Prediction.PREDICTION_EPSILON
-    positive = alphas if learns_from_noise else alphas[:-1]
+    predicts_noise = schedule.prediction == Prediction.PREDICTION_EPSILON
+    positive = alphas if predicts_noise else alphas[:-1]
     if (positive < SMALLEST_LEVEL).any() or alphas[-1] < 0:
-        exception = "" if learns_from_noise else ", but for the last, which may be 0"
+        exception = "" if predicts_noise else ", but for the last, which may be 0"
         problems.append(f"alphas must be at least {SMALLEST_LEVEL}{exception}")
     if (sigmas < SMALLEST_LEVEL).any():
         problems.append(f"sigmas must be at least {SMALLEST_LEVEL}")

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import pytest
 from latentd.v1 import model_pb2
-from latentd_server.samplers import COLUMNS, Evaluation, Table
+from latentd_server.samplers import COLUMNS, Table
 from latentd_server.schedules import Schedule
+from latentd_server.solvers import Evaluation
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]

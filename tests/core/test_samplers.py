@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latentd import names
-from latentd_server import samplers
-from latentd_server.samplers import COLUMNS, Prediction, Table
-from latentd_server.schedules import Schedule, from_strength
+from latentd_server import samplers, solvers
+from latentd_server.samplers import COLUMNS, Table
+from latentd_server.schedules import Prediction, Schedule, from_strength
 
 PREDICTIONS = (Prediction.PREDICTION_EPSILON, Prediction.PREDICTION_V, Prediction.PREDICTION_SAMPLE)
 DETERMINISTIC = ("ddim", "euler", "heun", "dpmpp-2m")
@@ -159,7 +159,7 @@ def test_inversion_keeps_rays(walk, schedule):
             return (eps - sigma * x) / alpha if alpha else -x0
         return (x - sigma * eps) / alpha if alpha else x0
 
-    states = walk(samplers.inversion_evaluations(schedule, timesteps), network, x0)
+    states = walk(solvers.inversion(schedule, timesteps), network, x0)
     for state, timestep in zip(states, reversed(timesteps), strict=True):
         alpha, sigma = schedule.level(timestep)
         if alpha:  # at a terminal alpha of 0 the network cannot tell of eps

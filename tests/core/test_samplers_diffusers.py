@@ -24,7 +24,7 @@ from diffusers.schedulers import (
     scheduling_euler_discrete,
     scheduling_heun_discrete,
 )
-from latentd_server import samplers
+from latentd_server import samplers, solvers
 from numpy.typing import NDArray
 
 # NumPy says this of torch tensors, which diffusers gives to np.array.
@@ -182,7 +182,7 @@ def test_inversion(kind, clip, count, tape, walk, make_schedule, make_betas):
     scheduler = scheduling_ddim_inverse.DDIMInverseScheduler(**settings(kind, "epsilon", make_betas), **clipping(clip))
     scheduler.set_timesteps(count)
     assert scheduler.timesteps.tolist() == list(timesteps[::-1])
-    ours = walk(samplers.inversion_evaluations(schedule, timesteps), network, x)
+    ours = walk(solvers.inversion(schedule, timesteps), network, x)
     assert_same_chain(ours, chain(scheduler, timesteps[::-1], x, noise, tape))
 
 

@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 import pytest
-from latentd_server import samplers
-from latentd_server.schedules import Schedule
+from latentd_server import samplers, solvers
+from latentd_server.schedules import Prediction, Schedule
 
 MEAN, SPREAD = 0.3, 0.5
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
@@ -19,7 +19,7 @@ def geometric(count: int) -> Schedule:
     """Levels with sigma / alpha evenly spaced in its logarithm, from 1e-4 to 40, so that steps are of one size."""
     ratios = np.geomspace(1e-4, 40, count)
     alphas = 1 / np.sqrt(1 + ratios**2)
-    return Schedule(alphas, ratios * alphas, samplers.Prediction.PREDICTION_V)
+    return Schedule(alphas, ratios * alphas, Prediction.PREDICTION_V)
 
 
 def ideal(schedule: Schedule, timestep: int) -> tuple[float, float]:
@@ -29,9 +29,9 @@ def ideal(schedule: Schedule, timestep: int) -> tuple[float, float]:
     x0 = np.array([slope, MEAN * (1 - alpha * slope)])
     eps = (np.array([1, 0]) - alpha * x0) / sigma
     outputs = {
-        samplers.Prediction.PREDICTION_EPSILON: eps,
-        samplers.Prediction.PREDICTION_V: alpha * eps - sigma * x0,
-        samplers.Prediction.PREDICTION_SAMPLE: x0,
+        Prediction.PREDICTION_EPSILON: eps,
+        Prediction.PREDICTION_V: alpha * eps - sigma * x0,
+        Prediction.PREDICTION_SAMPLE: x0,
     }
     return tuple(outputs[schedule.prediction])
 
@@ -126,7 +126,7 @@ def test_inversion_finds_the_latent(make_schedule):
         outcomes = []
         for prediction in PREDICTIONS:
             schedule = make_schedule("linear", prediction)
-            evaluations = samplers.inversion_evaluations(schedule, schedule.spaced_timesteps(steps))
+            evaluations = solvers.inversion(schedule, schedule.spaced_timesteps(steps))
             outcomes.append(outcome(schedule, evaluations, (MEAN, SPREAD)))
         np.testing.assert_allclose(outcomes[1:], [outcomes[0]] * 2, rtol=1e-12)
         errors.append(math.dist(outcomes[0], marginal(schedule, 999)))

@@ -70,8 +70,7 @@ def test_every_problem_is_said_at_once():
 def test_zero_terminal_snr():
     """The last alpha may be 0 where the network predicts v or x0."""
     for prediction in (V, SAMPLE):
-        assert Schedule.from_spec(spec_of([0.9, 0.5, 0.0], prediction), RANGE).terminal_snr_is_zero
-    assert not Schedule.from_spec(spec_of([0.9, 0.5], V), RANGE).terminal_snr_is_zero
+        assert Schedule.from_spec(spec_of([0.9, 0.5, 0.0], prediction), RANGE).level(2) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("timestep", [-2, 2])
@@ -83,8 +82,9 @@ def test_level_out_of_range(timestep):
 
 
 def test_trailing_timesteps(make_schedule):
-    """Ten of a thousand timesteps are 999, 899, ..., 99, as in arXiv 2305.08891, table 2."""
+    """Spacing is that of arXiv 2305.08891, table 2: round(T, T - T / n, ...) - 1."""
     assert make_schedule().spaced_timesteps(10) == tuple(range(999, 0, -100))
+    assert make_schedule().spaced_timesteps(7) == (999, 856, 713, 570, 428, 285, 142)
 
 
 @given(st.integers(1, 60).flatmap(lambda total: st.tuples(st.just(total), st.integers(1, total))))
