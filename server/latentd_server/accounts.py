@@ -54,23 +54,23 @@ class Account:
         if self.cost.batches:
             self._metrics.request_cost(self.method, self.model, queue_s, self.cost.compute_s)
         if self.samples:
-            self._metrics.samples_delivered(self.model, self.samples)
+            self._metrics.samples_answered(self.model, self.samples)
         if reason in _REFUSALS:
             self._metrics.refused(reason)
-        logs.call_finished(
-            logs.CallLine(
-                method=self.method,
-                model=self.model,
-                code=code,
-                reason=reason,
-                samples=self.samples,
-                evaluations=self.cost.evaluations,
-                queue_s=queue_s,
-                compute_s=self.cost.compute_s,
-                mean_batch=respond.mean_batch(self.cost),
-                total_s=total_s,
-                caller=self._peer.caller,
-                request_id=self._peer.request_id,
-                seed=self.seed,
-            )
+        logs.event(
+            logs.calls,
+            "call",
+            method=self.method,
+            model=self.model,
+            code=code,
+            reason=reason,
+            samples=self.samples,
+            evaluations=self.cost.evaluations,
+            queue_s=queue_s,
+            compute_s=self.cost.compute_s,
+            mean_batch=respond.mean_batch(self.cost),
+            total_s=total_s,
+            caller=self._peer.caller,
+            request_id=self._peer.request_id,
+            seed=self.seed,
         )

@@ -26,7 +26,7 @@ from latentd_server.failures import (
 )
 from latentd_server.job import Event, Finished, Job, Preview, Servable
 from latentd_server.metrics import Metrics
-from latentd_server.plans import Diffusing, Limits, Loop, LoopStep, Sampling
+from latentd_server.plans import Diffusing, Limits, Loop, LoopStep, Sampling, Scoring
 from latentd_server.respond import Gathered
 
 
@@ -197,7 +197,8 @@ class SingleExchange(Exchange):
     def _finished(self, event: Finished) -> None:
         self._gathered.add(event)
         if event.last:
-            self.account.samples = self._gathered.lane_count
+            plan = self._plan
+            self.account.samples = plan.row_count if isinstance(plan, Scoring) else plan.job.lane_count
             size = sum(values.nbytes for values in self._gathered.outputs.values())
             self.reply.send(self._answer(self._plan, self._gathered), size, final=True)
 

@@ -1,36 +1,18 @@
-"""Logging: one line for every finished call, as JSON or as text. Lines carry what a call cost, never what it made."""
+"""Logging, as JSON or as text, one line an event. A finished call is one line with its cost; never with its images."""
 
 import json
 import logging
 import sys
 import time
-from dataclasses import asdict, dataclass
+from typing import Literal
 
 calls = logging.getLogger("latentd.calls")
+"""One line for every finished call."""
 
 
-@dataclass(frozen=True, slots=True)
-class CallLine:
-    """What is said of a finished call."""
-
-    method: str
-    model: str
-    code: str
-    reason: str
-    samples: int
-    evaluations: int
-    queue_s: float
-    compute_s: float
-    mean_batch: float
-    total_s: float
-    caller: str
-    request_id: str
-    seed: int | None
-
-
-def call_finished(line: CallLine) -> None:
-    """Write the line of a finished call."""
-    calls.info("call", extra={"call": line})
+def event(logger: logging.Logger, message: str, **fields: object) -> None:
+    """Log a line with fields of its own."""
+    logger.info(message, extra={"fields": fields})
 
 
 class JsonFormatter(logging.Formatter):
@@ -44,34 +26,36 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        call = getattr(record, "call", None)
-        if isinstance(call, CallLine):
-            line |= {key: _rounded(value) for key, value in asdict(call).items()}
+        line |= {key: _rounded(value) for key, value in _fields(record).items()}
         if record.exc_info:
             line["stack"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+        return json.dumps(line, default=str)
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, message, and `key=value` for a call."""
+    """Time, level, message, and fields as `key=value`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Render a record."""
         text = f"{_timestamp(record)} {record.levelname:<7} {record.getMessage()}"
-        call = getattr(record, "call", None)
-        if isinstance(call, CallLine):
-            pairs = ((key, _rounded(value)) for key, value in asdict(call).items())
-            text += "".join(f" {key}={value}" for key, value in pairs if value not in ("", None))
+        text += "".join(
+            f" {key}={_rounded(value)}" for key, value in _fields(record).items() if value not in ("", None)
+        )
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return text
 
 
-def configure(level: str, style: str) -> None:
-    """Send the server's log to standard error."""
+def configure(level: str, style: Literal["json", "text"]) -> None:
+    """Send the log to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    fields: dict[str, object] = getattr(record, "fields", {})
+    return fields
 
 
 def _timestamp(record: logging.LogRecord) -> str:

@@ -50,7 +50,9 @@ class Metrics:
             buckets=_REQUEST_SECONDS,
             registry=registry,
         )
-        self._samples = Counter("latentd_samples", "Samples delivered.", ["model"], registry=registry)
+        self._samples = Counter(
+            "latentd_samples", "Samples, or rows of a tensor, answered.", ["model"], registry=registry
+        )
         self._refusals = Counter(
             "latentd_refusals", "Requests refused before any work was done for them.", ["reason"], registry=registry
         )
@@ -118,8 +120,8 @@ class Metrics:
         self._queue_time.labels(method, model).observe(queue_s)
         self._compute_time.labels(method, model).observe(compute_s)
 
-    def samples_delivered(self, model: str, count: int) -> None:
-        """Count samples sent as results."""
+    def samples_answered(self, model: str, count: int) -> None:
+        """Count samples, or rows of a tensor, that were answered."""
         self._samples.labels(model).inc(count)
 
     def refused(self, reason: str) -> None:
