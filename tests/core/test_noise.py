@@ -1,6 +1,9 @@
 """Counter-based noise: the generator's known answers, the distribution, and what a draw may depend on."""
 
 import hashlib
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -62,6 +65,24 @@ def test_golden_bytes():
         digest.update(uniforms(seeds, samples, steps, purpose, 5003).astype("<f4").tobytes())
     digest.update(labels(5, np.arange(1000), np.array([0.2, 0.2, 1.0])).astype("<i8").tobytes())
     assert digest.hexdigest() == "e028f62c036b29b6376dbdcb200a669c5ff43471e3969f5cda59d471f8e23180"
+
+
+def test_bytes_do_not_depend_on_vector_code():
+    """A process whose NumPy may use none of the CPU's vector extensions draws the same bytes."""
+    program = (
+        "import hashlib, numpy as np; from latentd_server.noise import *; i = np.arange(3);"
+        "print(hashlib.sha256(normals(i, i, i, Purpose.STEP, 50_000).tobytes()).hexdigest())"
+    )
+    extensions = " ".join(np.show_config(mode="dicts")["SIMD Extensions"].get("found", []))
+    plain = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "NPY_DISABLE_CPU_FEATURES": extensions},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    i = np.arange(3)
+    assert plain.stdout.strip() == hashlib.sha256(normals(i, i, i, Purpose.STEP, 50_000).tobytes()).hexdigest()
 
 
 def test_quantile_is_accurate():
