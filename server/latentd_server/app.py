@@ -11,7 +11,8 @@ import platform
 import secrets
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import prometheus_client
@@ -84,150 +85,162 @@ def run(config: Config) -> None:
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # the library leaves it untyped
     device = choose_device(config.device)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(Server(config, device).serve())
+        runner.run(_serve_until_told(config, device))
 
 
-class Server:
-    """One server process. Made outside the event loop, lives inside it."""
+async def _serve_until_told(config: Config, device: Device) -> None:
+    shutdown = Shutdown()  # before models load, which may take long
+    async with serving(config, device):
+        await shutdown.asked.wait()
+    log.info("stopped")
 
-    def __init__(self, config: Config, device: Device) -> None:
-        self._config = config
-        self._device = device
 
-    async def serve(self) -> None:
-        """Open the ports, load the models, serve, drain."""
-        shutdown = Shutdown()
-        config = self._config
-        self._metrics = Metrics()
-        self._metrics.running(__version__, str(self._device))
-        self._engine = Engine(self._metrics, max_rows=config.max_batch_rows, max_backlog=config.max_backlog)
-        self._metrics.watch(lambda: self._engine.backlog, lambda: self._engine.queue_depth)
-        threads = config.threads or default_threads()
-        self._registry = Registry(
-            config.models, self._engine, self._device, threads=threads, max_rows=config.max_batch_rows
-        )
-        self._health = Health()
-        self._registry.subscribe(self._health.model_changed)
-        self._registry.subscribe(self._metrics.model_state)
-        self._door = Door(
-            engine=self._engine,
-            registry=self._registry,
-            metrics=self._metrics,
-            limits=Limits(
-                max_samples=config.max_samples,
-                max_steps=config.max_steps,
-                max_evaluations=config.max_backlog,
-                max_open_ids=config.max_stream_requests,
-            ),
-            clock=time.monotonic,
-            fresh_seed=lambda: secrets.randbits(63),
-        )
-        self._service = GenerationService(self._door)
-        with self._open_http() as http:
-            servers = await self._open_grpc(http, threads)
-            watching = asyncio.create_task(self._health.run())
-            loading = asyncio.create_task(self._load())
-            await shutdown.asked.wait()
-            await self._drain(servers)
-            for task in (loading, watching):
-                task.cancel()
-            await asyncio.gather(loading, watching, return_exceptions=True)
-            await self._engine.close()
-        log.info("stopped")
+@dataclass(frozen=True)
+class Serving:
+    """A server at work."""
 
-    async def _load(self) -> None:
-        await self._registry.load_all()
-        self._health.all_loaded()
-        if why_not := self._health.why_not_serving:
-            log.error("not serving: %s (models are looked for in %s)", why_not, self._config.models)
-        else:
-            log.info("ready")
+    addresses: dict[str, str]  # HOST:PORT as bound, of "grpc", "http", and "health" and "admin" where there are such
+    door: Door
+    engine: Engine
+    health: Health
+    service: GenerationService
 
-    @contextlib.contextmanager
-    def _open_http(self) -> Iterator[HttpServer]:
-        host, _, port = self._config.http.rpartition(":")
-        try:
-            http = HttpServer(
-                host.strip("[]"), int(port), self._metrics.exposition, lambda: self._health.why_not_serving
-            )
-        except OSError as error:
-            raise BindError(f"cannot listen on {self._config.http} (http): {error.strerror}") from error
-        try:
-            yield http
-        finally:
-            http.close()
 
-    async def _open_grpc(self, http: HttpServer, threads: int) -> list[aio.Server]:
-        config = self._config
-        await self._health.begin()
-        ports = {"listen": self._main_server(), "health": self._new_server()}
+@contextlib.asynccontextmanager
+async def serving(config: Config, device: Device) -> AsyncIterator[Serving]:
+    """Open the ports, load the models, serve; on leaving, drain.
+
+    Raises:
+        BindError: a port cannot be opened.
+    """
+    metrics = Metrics()
+    metrics.running(__version__, str(device))
+    engine = Engine(metrics, max_rows=config.max_batch_rows, max_backlog=config.max_backlog)
+    metrics.watch(lambda: engine.backlog, lambda: engine.queue_depth)
+    threads = config.threads or default_threads()
+    registry = Registry(config.models, engine, device, threads=threads, max_rows=config.max_batch_rows)
+    health = Health()
+    registry.subscribe(health.model_changed)
+    registry.subscribe(metrics.model_state)
+    door = Door(engine, registry, metrics, _limits(config), time.monotonic, lambda: secrets.randbits(63))
+    service = GenerationService(door)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(engine.close)
+        http = stack.enter_context(_http(config.http, metrics, health))
+        await health.begin()
+        servers = {"grpc": (config.listen, _main_server(config, door, service))}
+        if config.health:
+            servers["health"] = (config.health, _new_server(config))
         if config.admin:
-            ports["admin"] = self._new_server()
-            admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
-                AdminService(self._door, self._registry), ports["admin"]
-            )
-            _reflect(ports["admin"], admin_service_pb2)
-        bound = {"http": f"{config.http.rpartition(':')[0]}:{http.port}"}
-        servers = []
-        for name, server in ports.items():
-            address = getattr(config, name)
-            if not address:
-                continue
-            health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
-            bound["grpc" if name == "listen" else name] = _bind(server, address, name)
-            servers.append(server)
-        for server in servers:
+            servers["admin"] = (config.admin, _admin_server(config, door, registry))
+        addresses = {"http": http}
+        for name, (address, server) in servers.items():
+            health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+            addresses[name] = _bind(server, address, name)
+        for _, server in servers.values():
             await server.start()
-        logs.event(
-            log,
-            "listening",
-            **bound,
-            version=__version__,
-            device=str(self._device),
-            provider=self._device.provider,
-            device_reason=self._device.reason,
-            threads=threads,
-        )
-        return servers
-
-    def _main_server(self) -> aio.Server:
-        server = self._new_server()
-        generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(self._service, server)
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._door), server)
-        _reflect(server, generation_service_pb2, model_service_pb2)
-        return server
-
-    def _new_server(self) -> aio.Server:
-        config = self._config
-        return aio.server(
-            options=[
-                ("grpc.so_reuseport", 0),  # or a second server would share the port without a word
-                ("grpc.max_receive_message_length", config.max_message_mib * 2**20),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.max_concurrent_streams", config.max_streams),
-                # Clients whose calls wait in silence may ping this often without being cut off.
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-                # A client that vanished without a word frees its lanes within this long.
-                ("grpc.keepalive_time_ms", 60_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
-            ]
-        )
-
-    async def _drain(self, servers: list[aio.Server]) -> None:
-        """Refuse new work, finish what was accepted, and only then close the ports."""
-        began = time.monotonic()
-        self._health.drain()
-        self._engine.drain()
+        about = {"device": str(device), "provider": device.provider, "device_reason": device.reason, "threads": threads}
+        logs.event(log, "listening", **addresses, **about, version=__version__)
+        stack.enter_context(_background(health.run()))
+        stack.enter_context(_background(_load(registry, health, config)))
         try:
-            async with asyncio.timeout(self._config.drain_seconds):
-                await self._engine.drained()
-                await self._service.finish()
-        except TimeoutError:
-            log.warning("%d jobs are given up after %g s", self._engine.queue_depth, self._config.drain_seconds)
-        await asyncio.sleep(max(0.0, LINGER_SECONDS - (time.monotonic() - began)))
-        # What is still open now is health watchers, or work that was given up.
-        await asyncio.gather(*(server.stop(0) for server in servers))
+            yield Serving(addresses, door, engine, health, service)
+        finally:
+            await _drain(config.drain_seconds, health, engine, service)
+            # What is still open now is health watchers, or work that was given up.
+            await asyncio.gather(*(server.stop(0) for _, server in servers.values()))
+
+
+async def _load(registry: Registry, health: Health, config: Config) -> None:
+    await registry.load_all()
+    health.all_loaded()
+    if why_not := health.why_not_serving:
+        log.error("not serving: %s (models are looked for in %s)", why_not, config.models)
+    else:
+        log.info("ready")
+
+
+async def _drain(seconds: float, health: Health, engine: Engine, service: GenerationService) -> None:
+    """Refuse new work and finish what was accepted."""
+    began = time.monotonic()
+    health.drain()
+    engine.drain()
+    try:
+        async with asyncio.timeout(seconds):
+            await engine.drained()
+            await service.finish()
+    except TimeoutError:
+        log.warning("%d jobs are given up after %g s", engine.queue_depth, seconds)
+    await asyncio.sleep(max(0.0, LINGER_SECONDS - (time.monotonic() - began)))
+
+
+def _limits(config: Config) -> Limits:
+    return Limits(
+        max_samples=config.max_samples,
+        max_steps=config.max_steps,
+        max_evaluations=config.max_backlog,
+        max_open_ids=config.max_stream_requests,
+    )
+
+
+@contextlib.contextmanager
+def _http(address: str, metrics: Metrics, health: Health) -> Iterator[str]:
+    host, _, port = address.rpartition(":")
+    try:
+        http = HttpServer(host.strip("[]"), int(port), metrics.exposition, lambda: health.why_not_serving)
+    except OSError as error:
+        raise BindError(f"cannot listen on {address} (http): {error.strerror}") from error
+    try:
+        yield f"{host}:{http.port}"
+    finally:
+        http.close()
+
+
+@contextlib.contextmanager
+def _background(work: Coroutine[Any, Any, None]) -> Iterator[None]:
+    task = asyncio.create_task(work)
+    task.add_done_callback(_say_if_it_failed)
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def _say_if_it_failed(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a task of the server failed", exc_info=error)
+
+
+def _main_server(config: Config, door: Door, service: GenerationService) -> aio.Server:
+    server = _new_server(config)
+    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
+    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(door), server)
+    _reflect(server, generation_service_pb2, model_service_pb2)
+    return server
+
+
+def _admin_server(config: Config, door: Door, registry: Registry) -> aio.Server:
+    server = _new_server(config)
+    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(door, registry), server)
+    _reflect(server, admin_service_pb2)
+    return server
+
+
+def _new_server(config: Config) -> aio.Server:
+    return aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),  # or a second server would share the port without a word
+            ("grpc.max_receive_message_length", config.max_message_mib * 2**20),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_concurrent_streams", config.max_streams),
+            # Clients whose calls wait in silence may ping this often without being cut off.
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            # A client that vanished without a word frees its lanes within this long.
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+        ]
+    )
 
 
 def _bind(server: aio.Server, address: str, name: str) -> str:
