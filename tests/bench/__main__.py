@@ -1,6 +1,6 @@
 """`make bench`: served samples/s as a ratio to a bare ONNX Runtime loop, in one run on the same cores.
 
-Prints a table and writes `bench/serving.json`. Absolute figures of a shared machine mean little; the ratios of one run do.
+Prints a table and writes `bench/serving.json`. Absolute figures of a shared machine mean little, ratios of one run do.
 """
 
 import argparse

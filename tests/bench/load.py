@@ -8,7 +8,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -41,10 +41,16 @@ class Multiplexed:
     """Requests over one Stream call, answered by id."""
 
     def __init__(self, stub: Any) -> None:
-        self._call = stub.Stream()
+        self._outgoing: asyncio.Queue[pb.StreamRequest | None] = asyncio.Queue()
+        self._call = stub.Stream(self._requests())
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._ids = itertools.count()
         self._reader = asyncio.create_task(self._read())
+
+    async def _requests(self) -> AsyncIterator[pb.StreamRequest]:
+        """One writer: gRPC takes one write at a time."""
+        while (request := await self._outgoing.get()) is not None:
+            yield request
 
     async def _read(self) -> None:
         async for response in self._call:
@@ -57,12 +63,12 @@ class Multiplexed:
         """Send one request and wait for its final answer."""
         number = next(self._ids)
         future = self._waiting[number] = asyncio.get_running_loop().create_future()
-        await self._call.write(pb.StreamRequest(id=number, **request))
+        self._outgoing.put_nowait(pb.StreamRequest(id=number, **request))
         await future
 
     async def close(self) -> None:
         """End the stream."""
-        await self._call.done_writing()
+        self._outgoing.put_nowait(None)
         await self._reader
 
 
