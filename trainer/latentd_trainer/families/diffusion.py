@@ -37,8 +37,7 @@ PREDICTIONS = {
     "x0": model_pb2.DiffusionSpec.PREDICTION_SAMPLE,
 }
 SCHEDULES = ("cosine", "linear")
-DEFAULT_SAMPLER = "ddpm"
-DEFAULT_STEP_COUNT = 50
+DEFAULT_SAMPLER = "ddim"
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,11 @@ class Diffusion(Family):
         cumulative = cumulative_alphas(config.schedule, config.timestep_count)
         self.alphas, self.sigmas = np.sqrt(cumulative), np.sqrt(1 - cumulative)
 
+    @property
+    def default_step_count(self) -> int:
+        """Steps of a walk from noise to data where nobody asks for another number."""
+        return min(50, self.config.timestep_count)
+
     def step(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """One step of AdamW on the loss, at timesteps spread evenly over the global batch. Loss: `loss`."""
         count, generator, rows = len(batch.images) * moment.shard.count, moment.generator, moment.shard.rows
@@ -126,25 +130,31 @@ class Diffusion(Family):
         self.averages["denoiser"].update(moment.step)
         return {"loss": loss.detach()}
 
-    def sample(self, labels: Tensor, seed: int, *, step_count: int = DEFAULT_STEP_COUNT, eta: float = 1.0) -> Tensor:
+    def sample(self, labels: Tensor, seed: int, *, step_count: int | None = None, eta: float = 0.0) -> Tensor:
         """See `Family.sample`; descends in `step_count` steps of DDIM with `eta`, the estimate of x_0 clipped."""
-        device = next(self.network.parameters()).device
+        step_count = step_count or self.default_step_count
+        if not 1 <= step_count <= self.config.timestep_count:
+            raise ValueError(f"step_count={step_count}: must be from 1 to {self.config.timestep_count}")
         network = self.averages["denoiser"].module
+        device = next(network.parameters()).device
         generator = torch.Generator().manual_seed(seed)
-        descent = np.round(np.arange(self.config.timestep_count, 0, -self.config.timestep_count / step_count)) - 1
-        timesteps = descent.astype(np.int64).tolist()
-        x = self.sigmas[timesteps[0]] * torch.randn((len(labels), *self.info.shape), generator=generator)
+        spacing = self.config.timestep_count / step_count
+        timesteps = np.round(np.arange(self.config.timestep_count, 0, -spacing)).astype(np.int64)[:step_count] - 1
+        alphas, sigmas = np.append(self.alphas[timesteps], 1.0), np.append(self.sigmas[timesteps], 0.0)
+        x = sigmas[0] * torch.randn((len(labels), *self.info.shape), generator=generator)
         with torch.no_grad():
-            for t, s in zip(timesteps, [*timesteps[1:], None], strict=True):
+            for index, t in enumerate(timesteps.tolist()):
                 rows = torch.full((len(labels),), t, device=device)
                 prediction = network(x.to(device), rows, labels.to(device)).cpu()
-                x0, eps = self._estimates(x, prediction, self.alphas[t], self.sigmas[t])
-                if s is None:
-                    return x0
-                fresh = eta * self.sigmas[s] / self.sigmas[t] * math.sqrt(1 - (self.alphas[t] / self.alphas[s]) ** 2)
-                kept = math.sqrt(self.sigmas[s] ** 2 - fresh**2)
-                x = self.alphas[s] * x0 + kept * eps + fresh * torch.randn(x.shape, generator=generator)
-        raise ValueError("step_count must be at least 1")
+                x0, eps = self._estimates(x, prediction, alphas[index], sigmas[index])
+                alpha, sigma = alphas[index + 1], sigmas[index + 1]
+                fresh = eta * sigma / sigmas[index] * math.sqrt(1 - (alphas[index] / alpha) ** 2)
+                x = (
+                    alpha * x0
+                    + math.sqrt(sigma**2 - fresh**2) * eps
+                    + fresh * torch.randn(x.shape, generator=generator)
+                )
+        return x
 
     def serving_spec(self) -> ServingSpec:
         """A denoiser; every sampler walks with it, and an image's latent is its noise at the last timestep."""
@@ -165,7 +175,7 @@ class Diffusion(Family):
             samplers=[DEFAULT_SAMPLER, *(name for name in SAMPLERS if name != DEFAULT_SAMPLER)],
             prediction=PREDICTIONS[self.config.prediction],
             clip_denoised=True,
-            default_step_count=min(DEFAULT_STEP_COUNT, self.config.timestep_count),
+            default_step_count=self.default_step_count,
             guidance_supported=self.config.label_dropout > 0,
         )
         return ServingSpec(
