@@ -1,4 +1,7 @@
-"""grpc.health.v1 for the server ("") and for every model, by NAME@VERSION and by NAME."""
+"""grpc.health.v1 for the server ("") and for every model, by NAME@VERSION and by NAME.
+
+`latentd.liveness` is SERVING while the event loop answers: a server that loads, drains or has no model is alive.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from latentd.v1 import model_pb2
 
 Status = health_pb2.HealthCheckResponse
 State = model_pb2.Model.State
+
+LIVENESS = "latentd.liveness"
+"""What a liveness probe asks for; the dot keeps it apart from every model's name."""
 
 
 class Health:
@@ -36,7 +42,8 @@ class Health:
         return ""
 
     async def begin(self) -> None:
-        """Say that nothing serves yet; before the port is open."""
+        """Say that the server lives and that nothing serves yet; before the port is open."""
+        await self.servicer.set(LIVENESS, Status.SERVING)
         await self.servicer.set("", Status.NOT_SERVING)
 
     async def run(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from server_rules import configured
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "deploy/docker"
@@ -37,6 +38,11 @@ def locked(flavour: str) -> dict[str, str]:
     return {canonicalize_name(n): v for n, v in re.findall(r"(?m)^([A-Za-z0-9._-]+)==(\S+)", text)}
 
 
+def entries(lock: str) -> list[str]:
+    """The text of each distribution in a lock: version, hashes, and who asks for it."""
+    return re.split(r"(?m)^(?=[a-z])", lock)[1:]
+
+
 def test_the_dockerfile_is_clean() -> None:
     """The linter has nothing to say."""
     done = hadolint(DOCKERFILE)
@@ -59,6 +65,16 @@ def test_the_image_runs_the_server_as_nobody_in_particular() -> None:
     assert said["EXPOSE"].split() == ["8500", "8501", "9090"]
 
 
+def test_the_image_and_the_manifests_set_the_server_up_alike() -> None:
+    """The image's defaults are settings the server accepts, and those of the config map in Kubernetes."""
+    said = dict(re.findall(r"(LATENTD_\w+)=(\S+)", dict(instructions(DOCKERFILE.read_text()))["ENV"]))
+    assert said
+    configured(said)
+    kustomization = (ROOT / "deploy/k8s/base/kustomization.yaml").read_text()
+    in_kubernetes = dict(re.findall(r"- (LATENTD_\w+)=(\S+)", kustomization))
+    assert said.items() <= in_kubernetes.items()
+
+
 @pytest.mark.parametrize(("module", "status"), [("torch", 1), ("other", 0)])
 def test_the_build_fails_where_torch_can_be_imported(tmp_path: Path, module: str, status: int) -> None:
     """The step that looks for torch fails when there is a module of that name, and passes otherwise."""
@@ -70,18 +86,20 @@ def test_the_build_fails_where_torch_can_be_imported(tmp_path: Path, module: str
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_lock_satisfies_the_project(flavour: str) -> None:
-    """Each requirement of the server is locked at a version it admits; scripts/make_locks.sh renews a stale lock."""
+    """Each requirement of the server, and no other, is locked at a version it admits; scripts/make_locks.sh does it."""
     extras = PROJECT["optional-dependencies"]
+    wanted = [Requirement(line) for line in [*PROJECT["dependencies"], *extras["server"], *extras[flavour]]]
     versions = locked(flavour)
-    for line in [*PROJECT["dependencies"], *extras["server"], *extras[flavour]]:
-        requirement = Requirement(line)
-        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), line
+    assert [str(r) for r in wanted if not r.specifier.contains(versions[canonicalize_name(r.name)])] == []
+    text = (DOCKER / f"server-{flavour}.lock").read_text()
+    asked_for = {entry.split("==")[0] for entry in entries(text) if "latentd (pyproject.toml)" in entry}
+    assert asked_for == {canonicalize_name(r.name) for r in wanted}
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_lock_pins_every_file_by_its_hash(flavour: str) -> None:
     """Nothing is installed that was not seen when the lock was made."""
-    for entry in re.split(r"(?m)^(?=[a-z])", (DOCKER / f"server-{flavour}.lock").read_text())[1:]:
+    for entry in entries((DOCKER / f"server-{flavour}.lock").read_text()):
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry
 
 

@@ -67,7 +67,7 @@ PLANTED = [
     ("Service", "spec.ports.0.targetPort", "grcp", "there is no grcp"),
     ("NetworkPolicy", "spec.ingress.0.ports.0.port", "grcp", "there is no grcp"),
     ("PodMonitor", "spec.podMetricsEndpoints.0.port", "metrics", "there is no metrics"),
-    ("Deployment", f"{MAIN}.livenessProbe.httpGet.port", "web", "there is no web"),
+    ("Deployment", f"{MAIN}.livenessProbe", {"httpGet": {"port": "web"}}, "there is no web"),
     ("Deployment", f"{MAIN}.envFrom.0.configMapRef.name", "latentd", "there is no latentd"),
     ("Deployment", f"{POD}.serviceAccountName", "default", "there is no default"),
     ("Deployment", f"{POD}.volumes.0.persistentVolumeClaim.claimName", "modles", "there is no modles"),
