@@ -40,18 +40,20 @@ class Purpose(IntEnum):
     FORWARD = 6  # q(x_t | x0)
 
 
-def normals(seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose, size: int) -> NDArray[np.float32]:
+def normals(
+    seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose | Indices, size: int
+) -> NDArray[np.float32]:
     """Draw from N(0, 1).
 
     Args:
         seeds: [n] i64, any value.
         samples: [n] i64 in [0, 2**31); the sample's index under its seed.
         steps: [n] i64 in [0, 2**31); the number of the draw within the sample.
-        purpose: What the draw is for.
+        purpose: What the draws are for: one `Purpose` for all rows, or [n] i64, one for each.
         size: Elements a row.
 
     Returns:
-        [n, size] f32; row i depends on (seeds[i], samples[i], steps[i], purpose) alone.
+        [n, size] f32; row i depends on (seeds[i], samples[i], steps[i], purpose of i) alone.
 
     Raises:
         ValueError: the arrays are not of one length, or an index is out of range.
@@ -59,7 +61,9 @@ def normals(seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose, 
     return _draw(seeds, samples, steps, purpose, size, lambda words: normal_quantile(_midpoints(words)))
 
 
-def uniforms(seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose, size: int) -> NDArray[np.float32]:
+def uniforms(
+    seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose | Indices, size: int
+) -> NDArray[np.float32]:
     """Draw from U[0, 1), on a grid of 2**-24. Arguments, shapes and errors are those of `normals`."""
     return _draw(seeds, samples, steps, purpose, size, lambda words: (words >> np.uint64(8)) * 2.0**-24)
 
@@ -101,7 +105,7 @@ def _draw(
     seeds: Indices,
     samples: Indices,
     steps: Indices,
-    purpose: Purpose,
+    purpose: Purpose | Indices,
     size: int,
     convert: Callable[[Words], NDArray[Any]],
 ) -> NDArray[np.float32]:
@@ -118,11 +122,12 @@ def _draw(
 
 
 def _blocks(
-    seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose, rows: Indices, blocks: Indices
+    seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose | Indices, rows: Indices, blocks: Indices
 ) -> Words:
     """The random words [4, k] of block blocks[i] of row rows[i]."""
     keys = seeds.view(np.uint64)[rows]
-    counter = np.stack([blocks, steps[rows], samples[rows], np.full_like(rows, purpose)]).view(np.uint64)
+    purposes = np.full_like(rows, purpose) if isinstance(purpose, Purpose) else purpose[rows]
+    counter = np.stack([blocks, steps[rows], samples[rows], purposes]).view(np.uint64)
     return philox(counter, np.stack([keys & _WORD, keys >> _HALF]))
 
 

@@ -45,40 +45,49 @@ class Runner(Protocol):
 
 
 class _Draws:
-    """Noise of many segments, drawn in one call: rows do not see each other, so who shares a call does not matter."""
+    """Noise of many rows, drawn in one call: rows do not see each other, so who shares a call does not matter."""
 
-    def __init__(self) -> None:
+    def __init__(self, uniform: bool = False) -> None:
+        self._draw = noise.uniforms if uniform else noise.normals
         self._seeds: list[int] = []
         self._samples: list[Array] = []
         self._steps: list[int] = []
-        self._rows: list[tuple[int, int, float]] = []
+        self._purposes: list[int] = []
+        self._targets: list[tuple[Array, float]] = []
 
     def want(
-        self, start: int, stop: int, seed: int, samples: Array, steps: Array | Sequence[int], scale: float = 1.0
+        self,
+        target: Array,
+        purpose: Purpose,
+        seed: int,
+        samples: Array,
+        steps: Array | Sequence[int],
+        scale: float = 1.0,
     ) -> None:
-        """Ask for the noise of rows start..stop."""
-        self._seeds += [seed] * (stop - start)
+        """Ask for noise to be added to `target` [k, *S] f32; S is the same for everybody."""
+        self._seeds += [seed] * len(target)
         self._samples.append(samples)
         self._steps.extend(steps)
-        self._rows.append((start, stop, scale))
+        self._purposes += [purpose] * len(target)
+        self._targets.append((target, scale))
 
-    def add_to(self, target: Array, purpose: Purpose, uniform: bool = False) -> None:
-        """Add the draws to their rows of `target` [n, ...] f32; other rows stay as they are, to the sign of a zero."""
-        if not self._rows:
+    def fill(self) -> None:
+        """Draw all that was asked for. Rows nobody asked for stay as they are, to the sign of a zero."""
+        if not self._targets:
             return
-        draw = noise.uniforms if uniform else noise.normals
-        values = draw(
+        shape = self._targets[0][0].shape[1:]
+        values = self._draw(
             np.array(self._seeds, np.int64),
             np.concatenate(self._samples),
             np.array(self._steps, np.int64),
-            purpose,
-            int(np.prod(target.shape[1:], dtype=np.int64)),
-        )
+            np.array(self._purposes, np.int64),
+            int(np.prod(shape, dtype=np.int64)),
+        ).reshape(-1, *shape)
         done = 0
-        for start, stop, scale in self._rows:
-            part = values[done : done + stop - start].reshape(stop - start, *target.shape[1:])
-            target[start:stop] += part if scale == 1.0 else np.float32(scale) * part
-            done += stop - start
+        for target, scale in self._targets:
+            part = values[done : done + len(target)]
+            target += part if scale == 1.0 else np.float32(scale) * part
+            done += len(target)
 
 
 class CallRunner:
@@ -113,19 +122,17 @@ class CallRunner:
     def _feed(
         self, name: str, target: Array, segments: Sequence[Segment], spans: list[slice], jobs: list[CallJob]
     ) -> None:
-        draws: dict[tuple[Purpose, bool], _Draws] = {}
+        draws = {uniform: _Draws(uniform) for uniform in (False, True)}
         for segment, span, job in zip(segments, spans, jobs, strict=True):
             lanes = slice(segment.cohort.start, segment.cohort.stop)
             feed = job.feeds[name]
             if isinstance(feed, Noise):
-                wanted = draws.setdefault((feed.purpose, feed.uniform), _Draws())
-                wanted.want(
-                    span.start, span.stop, job.seed, job.sample_indices[lanes], job.draw_indices[lanes], feed.scale
-                )
+                samples, numbers = job.sample_indices[lanes], job.draw_indices[lanes]
+                draws[feed.uniform].want(target[span], feed.purpose, job.seed, samples, numbers, feed.scale)
             else:
                 target[span] = feed[lanes]
-        for (purpose, uniform), wanted in draws.items():
-            wanted.add_to(target, purpose, uniform)
+        for wanted in draws.values():
+            wanted.fill()
 
 
 @dataclass(slots=True)
@@ -200,7 +207,7 @@ class StepRunner:
         coefficients: list[Array] = []  # by lane
         timesteps: list[int] = []
         guided: list[tuple[int, int, float]] = []  # first lane, lanes, scale
-        starts, steps = _Draws(), _Draws()
+        draws = _Draws()
         x_init, h_init, z = (np.zeros((size, *self._shape), np.float32) for _ in range(3))
         lane = 0
         for segment in segments:
@@ -213,7 +220,7 @@ class StepRunner:
             labels.append(job.labels[lanes])
             span = slice(lane, lane + count)
             if position == 0:
-                _start(job, lanes, span, x_init, h_init, starts)
+                _start(job, lanes, x_init[span], h_init[span], draws)
             elif state.row[cohort.start] < 0:  # a cohort's lanes rode together, or are parked together
                 x_init[span], h_init[span] = state.parked["x"][lanes], state.parked["h"][lanes]
             tables = job.tables[lanes] if len(job.tables) > 1 else job.tables * count
@@ -221,12 +228,11 @@ class StepRunner:
             timesteps += [table.timesteps[position] for table in tables]
             if any(table.stochastic[position] for table in (job.tables if len(job.tables) == 1 else tables)):
                 number = [job.first_step_index + position] * count
-                steps.want(span.start, span.stop, job.seed, job.sample_indices[lanes], number)
+                draws.want(z[span], Purpose.STEP, job.seed, job.sample_indices[lanes], number)
             if job.rows_per_lane == 2:
                 guided.append((lane, count, job.guidance_scale))
             lane += count
-        starts.add_to(x_init, Purpose.START)
-        steps.add_to(z, Purpose.STEP)
+        draws.fill()
         row = np.concatenate(rows)
         label, timestep = np.zeros((2, size), np.int64)
         label[:lane], timestep[:lane] = np.concatenate(labels), timesteps
@@ -250,17 +256,16 @@ class StepRunner:
         return feeds
 
 
-def _start(job: StepJob, lanes: slice, span: slice, x_init: Array, h_init: Array, draws: _Draws) -> None:
+def _start(job: StepJob, lanes: slice, x: Array, h: Array, draws: _Draws) -> None:
     """Write x and h before the first evaluation, but for the noise, which is asked for."""
     start = job.start
     if start.values is not None:
         values = start.values if len(start.values) == 1 else start.values[lanes]
-        x_init[span] = values if start.scale == 1.0 else np.float32(start.scale) * values
+        x[:] = values if start.scale == 1.0 else np.float32(start.scale) * values
     if start.noise_scale:
-        count = span.stop - span.start
-        draws.want(span.start, span.stop, job.seed, job.sample_indices[lanes], [0] * count, start.noise_scale)
+        draws.want(x, Purpose.START, job.seed, job.sample_indices[lanes], [0] * len(x), start.noise_scale)
     if start.history is not None:
-        h_init[span] = start.history[lanes]
+        h[:] = start.history[lanes]
 
 
 def _rows_of_lanes(
