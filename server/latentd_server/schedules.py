@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 from latentd.v1 import model_pb2
@@ -88,7 +87,9 @@ class Schedule:
         total = self.timestep_count
         if not 1 <= count <= total:
             raise ValueError(f"must be from 1 to {total}, the model's number of timesteps, not {count}")
-        return tuple(round(Fraction(total * remaining, count)) - 1 for remaining in range(count, 0, -1))
+        whole, rest = np.divmod(total * np.arange(count, 0, -1), count)
+        rounded_up = (2 * rest > count) | ((2 * rest == count) & (whole % 2 == 1))  # half to even, in integers
+        return tuple((whole + rounded_up - 1).tolist())
 
 
 def from_strength(timesteps: Sequence[int], strength: float) -> tuple[int, ...]:
