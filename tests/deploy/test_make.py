@@ -34,6 +34,15 @@ def test_every_target_can_be_made(target: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_every_script_is_there() -> None:
+    """The scripts that recipes run exist, and those run by themselves may be."""
+    scripts = re.findall(r"(\S+ )?(scripts/\w+\.\w+)", MAKEFILE)
+    assert scripts
+    assert [name for _, name in scripts if not (ROOT / name).exists()] == []
+    alone = [name for before, name in scripts if "python" not in before]
+    assert [name for name in alone if not os.access(ROOT / name, os.X_OK)] == []
+
+
 def test_torch_is_pinned_once() -> None:
     """The version of torch that make installs is the one the trainer asks for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
