@@ -501,7 +501,8 @@ def _end_of_walk(
     array = array.reshape(shape or ())
     if given == "latent":
         return array, label
-    encoded = yield from encode(catalogue, model, array[None], label=label, steps=steps)
+    # Only a diffusion model's inversion depends on the class; encoders see the sample alone.
+    encoded = yield from encode(catalogue, model, array[None], label=label if known.is_diffusion else None, steps=steps)
     return encoded.array[0], label
 
 

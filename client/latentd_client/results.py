@@ -87,7 +87,8 @@ class ImageBatch:
         path = Path(path)
         match path.suffix.lower():
             case ".npz":
-                np.savez(path, allow_pickle=False, facts=np.array(json.dumps(self.facts())), **self.arrays())
+                arrays: dict[str, Any] = self.arrays()
+                np.savez(path, facts=np.array(json.dumps(self.facts())), **arrays)
             case ".npy":
                 np.save(path, self.array, allow_pickle=False)
             case ".png":

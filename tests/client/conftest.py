@@ -1,39 +1,27 @@
 """Fixtures of the client's tests: a server that fails on demand, and both clients behind one synchronous face."""
 
 import asyncio
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from latentd_client import AsyncClient, Client, Retries
 
+sys.path.insert(0, str(Path(__file__).parent))  # test folders are no packages; this makes fake_server importable
+
+from fake_server import FakeServer
+
 QUICK = Retries(initial_backoff_s=0.01, max_backoff_s=0.01)
 """Retries that do not keep a test waiting."""
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-# Test folders are no packages, so what tests share is put where plain imports find it.
-fake_server = sys.modules.get("fake_server") or _load("fake_server")
-
-
 @pytest.fixture
-def server() -> Iterator[Any]:
+def server() -> Iterator[FakeServer]:
     """A fake server on a free port."""
-    running = fake_server.FakeServer().start()
+    running = FakeServer().start()
     yield running
     running.stop()
 
@@ -111,7 +99,7 @@ class BlockingLoop:
 
 
 @pytest.fixture(params=["sync", "aio"])
-def connect(request: pytest.FixtureRequest, server: Any) -> Iterator[Callable[..., Any]]:
+def connect(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Callable[..., Any]]:
     """Makes clients of the fake server; every test that uses it runs with both kinds."""
     made: list[Any] = []
 
