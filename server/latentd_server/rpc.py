@@ -27,9 +27,9 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         self._streams = Tally()
 
     async def finish(self) -> None:
-        """Wait until every call is answered, ending each Stream as soon as all that was accepted is.
+        """Wait until every call is answered, then end every Stream behind what waits to be read.
 
-        For a server that drains: the engine refuses new work by now, or this may take forever.
+        For a server that has drained: jobs of a Stream that are still with the engine are given up.
         """
         await self._calls.none()
         for session in self._sessions:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ class StaticRegistry:
 
     def models(self) -> list[model_pb2.Model]:
         return [held.model for held in self._held.values()]
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Wait for something another task brings about."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  # what is waited for knows nothing of this test
+            await asyncio.sleep(0.001)
 
 
 @dataclass
