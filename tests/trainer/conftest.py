@@ -228,10 +228,12 @@ def write_tiny(
 ) -> Callable[..., Path]:
     """Export the tiny model of a family, or the given spec, as version 1 of `tiny-FAMILY` under a models directory."""
 
-    def write(models: Path, family: str, spec: ServingSpec | None = None, **options: Any) -> Path:
+    def write(
+        models: Path, family: str, spec: ServingSpec | None = None, record: RunRecord | None = None, **options: Any
+    ) -> Path:
         return write_bundle(
             spec or TINY_SPECS[family](),
-            tiny_record(family),
+            record or tiny_record(family),
             datetime(2026, 1, 2, tzinfo=UTC),
             models=models,
             name=f"tiny-{family}",

@@ -90,14 +90,14 @@ def load_or_train(dataset: Dataset, cache: Path, seed: int = 0) -> Yardstick:
     try:
         network.load_state_dict(safetensors.torch.load(path.read_bytes()))
     except (FileNotFoundError, SafetensorError, RuntimeError):
-        train(network, dataset, seed)
+        train(network, dataset, seed, STEPS)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, safetensors.torch.save(network.state_dict()))
     network.eval()
     return Yardstick(network, accuracy(network, dataset))
 
 
-def train(network: Classifier, dataset: Dataset, seed: int, steps: int = STEPS) -> None:
+def train(network: Classifier, dataset: Dataset, seed: int, steps: int) -> None:
     """Minimise smoothed cross-entropy on randomly shifted training images; the same on every run with one seed."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.from_numpy(scale(dataset.train.pixels, dataset.info.levels))
@@ -133,10 +133,15 @@ def _build(dataset: Dataset, seed: int) -> Classifier:
 
 
 def _shift(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The whole batch moved by up to one pixel each way, the rim filled with its own values."""
-    padded = nn.functional.pad(images, (LARGEST_SHIFT,) * 4, mode="replicate")
-    top, left = torch.randint(0, 2 * LARGEST_SHIFT + 1, (2,), generator=generator).tolist()
-    return padded[:, :, top : top + images.shape[2], left : left + images.shape[3]]
+    """Half of the images, chosen at random, each moved by up to one pixel either way; what comes in is black."""
+    count, _, height, width = images.shape
+    padded = nn.functional.pad(images, (LARGEST_SHIFT,) * 4, value=-1.0)
+    shifts = torch.randint(0, 2 * LARGEST_SHIFT + 1, (2, count), generator=generator)
+    shifts[:, torch.rand(count, generator=generator) < 0.5] = LARGEST_SHIFT  # in the middle: not moved
+    rows = shifts[0, :, None] + torch.arange(height)
+    columns = shifts[1, :, None] + torch.arange(width)
+    each = torch.arange(count)[:, None, None]
+    return padded.movedim(1, 3)[each, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
 
 def _batches(images: NDArray[np.float32]) -> Iterator[torch.Tensor]:

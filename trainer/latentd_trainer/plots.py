@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_GRID_PIXELS = 640
 _GAP = 96
 _WINDOW_SHARE = 0.02
 
 
-def grid(images: NDArray[np.float32], columns: int) -> bytes:
-    """Images ([n, C, H, W] f32 in [-1, 1], C of 1, 3 or more) in rows of `columns`, enlarged to a legible size.
+def grid(images: NDArray[np.float32], columns: int, picture_width: int = 640) -> bytes:
+    """Images ([n, C, H, W] f32 in [-1, 1], C of 1, 3 or more) in rows of `columns`, enlarged to about `picture_width`.
 
     Of two channels or more than three only the first is shown, in grey.
     """
@@ -28,7 +27,7 @@ def grid(images: NDArray[np.float32], columns: int) -> bytes:
     pixels[:count, :, :height, :width] = np.rint((np.clip(shown, -1, 1) + 1) * 127.5)
     tiled = pixels.reshape(rows, columns, -1, height + 1, width + 1).transpose(0, 3, 1, 4, 2)
     tiled = tiled.reshape(rows * (height + 1), columns * (width + 1), -1)
-    factor = max(1, _GRID_PIXELS // tiled.shape[1])
+    factor = max(1, picture_width // tiled.shape[1])
     enlarged = tiled.repeat(factor, axis=0).repeat(factor, axis=1)
     file = io.BytesIO()
     Image.fromarray(enlarged if channels == 3 else enlarged[:, :, 0]).save(file, "png")

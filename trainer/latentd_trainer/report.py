@@ -34,16 +34,17 @@ _COLUMNS = {
 }
 _SHOWN_CLASSES = 16
 _SHOWN_EACH = 8
+_WIDTH = 1400  # pixels
 _SEPARATOR = -0.25  # the grey between the tiles of a grid
 
 _METHOD = """\
 Samples are drawn through the bundle's own ONNX graphs, their labels in the shares of the training data. Distances are
 between features of a small classifier trained on the training images. The *Frechet ratio* is the Frechet distance of
-the samples from the training images over that of real held-out images, so 1 is as good as real. *Precision* and
-*density* say whether samples look real, *recall* and *coverage* whether all kinds of real images occur; they are means
-over subsets as large as the held-out set. The *class histogram distance* is the total variation between the classes
-seen and those of the training data. A *nearest-neighbour ratio* far below 1, in pixels, would mean copied training
-images.
+the samples from the training images over that of as many real held-out images, so 1 is as good as real; the *Frechet
+distance* beside it is of all samples, and falls with their number. *Precision* and *density* say whether samples look
+real, *recall* and *coverage* whether all kinds of real images occur; they are means over subsets as large as the
+held-out set. The *class histogram distance* is the total variation between the classes seen and those of the training
+data. A *nearest-neighbour ratio*, in pixels, far below 1 would mean copied training images.
 """
 
 
@@ -70,7 +71,7 @@ def markdown(model: model_pb2.Model, drawn: "Sequence[Samples]", real: Mapping[s
     rows = [
         [samples.description, *(_figure(metrics.get(name + samples.variant)) for name in _COLUMNS)] for samples in drawn
     ]
-    rows.append(["*real training images*", *(_figure(real.get(name)) for name in _COLUMNS)])
+    rows.append(["*real images*", *(_figure(real.get(name)) for name in _COLUMNS)])
     shown = {name + samples.variant for name in _COLUMNS for samples in drawn}
     others = [[name, _figure(metrics[name])] for name in sorted(metrics) if name not in shown]
     columns = ", ".join(["real images", *(samples.description for samples in drawn)])
@@ -105,7 +106,7 @@ def picture(dataset: Dataset, drawn: "Sequence[Samples]", asked: NDArray[np.int6
             chosen = images[labels == label][:_SHOWN_EACH]
             rows += [chosen, gap.repeat(_SHOWN_EACH - len(chosen), 0), gap]
         rows.pop()
-    return plots.grid(np.concatenate(rows), len(sources) * (_SHOWN_EACH + 1) - 1)
+    return plots.grid(np.concatenate(rows), len(sources) * (_SHOWN_EACH + 1) - 1, picture_width=_WIDTH)
 
 
 def show(console: Console, model: model_pb2.Model, bars: Sequence[Bar]) -> None:

@@ -1,0 +1,247 @@
+import dataclasses
+import functools
+import io
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from latentd.digest import bundle_digest
+from latentd.v1 import model_pb2
+from latentd_trainer import bars, classifier, evaluate
+from latentd_trainer import bundle as bundles
+from latentd_trainer.bars import Bar
+from latentd_trainer.checkpoint import RunRecord
+from latentd_trainer.data import Dataset, load
+from latentd_trainer.evaluate import EvaluationError
+from latentd_trainer.spec import Role, ServingSpec
+from PIL import Image
+from rich.console import Console
+
+SAMPLE_METRICS = {
+    "frechet-distance",
+    "frechet-ratio",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "neighbour-ratio",
+    "histogram-distance",
+    "label-agreement",
+}
+ALWAYS = {"classifier-accuracy", "frechet-floor"}
+VARIANTS = {"vae": ("-mean", "-draw"), "gan": ("",), "diffusion": ("-50-steps", "-10-steps")}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of 4 x 4 images in three classes: bars at three heights, with noise."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    x = generator.integers(0, 5, (300, 4, 4))
+    x[np.arange(300), labels] += 11
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, x=x.astype(np.uint8), y=labels, levels=17)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short training of the classifier, few samples and draws: what is proved is not how good they are."""
+    monkeypatch.setattr(classifier, "STEPS", 30)
+    monkeypatch.setattr(evaluate, "SAMPLE_COUNT", 120)
+    monkeypatch.setattr(evaluate, "BOUND_DRAWS", 20)
+
+
+@pytest.fixture(scope="module")
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, images: str, write_tiny: Callable[..., Path]
+) -> Callable[[str], Path]:
+    """The tiny bundle of a family that says it was trained on `images`; exported once, not to be changed."""
+    models = tmp_path_factory.mktemp("models")
+    info = load(images).info
+
+    @functools.cache
+    def export(family: str) -> Path:
+        return write_tiny(models, family, record=RunRecord(family, {}, images, info, 0, "fp32", 1, 1, {}))
+
+    return export
+
+
+@pytest.fixture
+def bundle_of(tmp_path: Path, exported: Callable[[str], Path]) -> Callable[[str], Path]:
+    """A copy of a family's tiny bundle."""
+
+    def copy(family: str) -> Path:
+        return Path(shutil.copytree(exported(family), tmp_path / "models" / f"tiny-{family}" / "1"))
+
+    return copy
+
+
+@pytest.fixture
+def measure(tmp_path: Path, images: str) -> Callable[..., tuple[int, str]]:
+    """Evaluate a bundle; return the status and what was printed."""
+
+    def run(directory: Path, data: str = images, **options: object) -> tuple[int, str]:
+        console = Console(file=io.StringIO(), width=200)
+        status = evaluate.run(directory, data=data, cache=tmp_path / "cache", threads=1, console=console, **options)
+        return status, console.file.getvalue()
+
+    return run
+
+
+@pytest.mark.parametrize("family", ["vae", "gan", "diffusion"])
+def test_every_metric_lands_in_the_card(bundle_of: Callable, measure: Callable, family: str) -> None:
+    """The card holds every metric of every way to sample, finite, and the bundle stays the same model."""
+    directory = bundle_of(family)
+    before = bundles.read(directory)
+    assert measure(directory)[0] == 0
+    after = bundles.read(directory)
+    expected = ALWAYS | {name + variant for name in SAMPLE_METRICS for variant in VARIANTS[family]}
+    if family == "vae":
+        expected |= {"elbo", "iwae-20", "bits-per-dimension", "smallest-latent-kl"}
+        expected |= {f"latent-kl-{index}" for index in range(4)}
+    assert set(after.model.card.metrics) == expected
+    assert np.isfinite(list(after.model.card.metrics.values())).all()
+    assert after.model.digest == before.model.digest == bundle_digest(after)
+    after.model.card.metrics.clear()
+    assert after == before
+
+
+def test_a_second_evaluation_gives_the_same_figures(bundle_of: Callable, measure: Callable) -> None:
+    """Every draw follows from the seed, so the same bundle measures the same."""
+    directory = bundle_of("diffusion")
+    measure(directory)
+    first = dict(bundles.read(directory).model.card.metrics)
+    measure(directory)
+    assert dict(bundles.read(directory).model.card.metrics) == first
+
+
+def test_a_bound_with_more_draws_is_tighter(bundle_of: Callable, measure: Callable) -> None:
+    """IWAE lies above the ELBO, and bits per dimension are the same number in other units."""
+    directory = bundle_of("vae")
+    measure(directory)
+    metrics = bundles.read(directory).model.card.metrics
+    assert metrics["elbo"] < metrics["iwae-20"]
+    assert metrics["bits-per-dimension"] == pytest.approx(-metrics["iwae-20"] / (16 * np.log(2)))
+
+
+def test_the_report_shows_the_card_and_a_picture(bundle_of: Callable, measure: Callable, tmp_path: Path) -> None:
+    """The report has a row for each way to sample, as many columns in every row, and the picture it links to."""
+    directory = bundle_of("vae")
+    _, printed = measure(directory, out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# tiny-vae@1\n")
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    for row in ("| mean |", "| draw |", "| *real images* |", "| iwae-20 |"):
+        assert row in text
+    with Image.open(tmp_path / "out" / "samples.png") as picture:
+        assert picture.width > picture.height
+    assert str(tmp_path / "out" / "report.md") in printed
+
+
+def test_without_another_place_the_report_lies_in_the_bundle(bundle_of: Callable, measure: Callable) -> None:
+    """report.md and samples.png join the bundle's files, and nothing else does."""
+    directory = bundle_of("gan")
+    before = {path.name for path in directory.iterdir()}
+    measure(directory)
+    assert {path.name for path in directory.iterdir()} - before == {"report.md", "samples.png"}
+
+
+def test_a_missed_bar_is_named_and_fails(
+    bundle_of: Callable, measure: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With bars, each one missed is printed with its value and the status is 1; those met are not listed."""
+    limits = [Bar("precision", 2.0), Bar("recall", 0.0), Bar("frechet-ratio", 0.0, at_most=True), Bar("iwae-500", 0)]
+    monkeypatch.setitem(bars.BARS, model_pb2.Model.FAMILY_GAN, limits)
+    monkeypatch.setattr(evaluate, "DATASET", "tiny")
+    directory = bundle_of("gan")
+    status, printed = measure(directory, bars=True)
+    assert status == 1
+    missed = [line for line in printed.splitlines() if line.startswith("missed: ")]
+    assert [line.split(":")[1].strip() for line in missed] == ["precision >= 2", "frechet-ratio <= 0", "iwae-500 >= 0"]
+    assert missed[2].endswith("was not measured")
+    monkeypatch.setitem(bars.BARS, model_pb2.Model.FAMILY_GAN, limits[1:2])
+    assert measure(directory, bars=True)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("bar", "value", "missed"),
+    [
+        (Bar("m", 2.5, at_most=True), 2.5, False),
+        (Bar("m", 2.5, at_most=True), 2.51, True),
+        (Bar("m", 0.9), 0.9, False),
+        (Bar("m", 0.9), 0.89, True),
+        (Bar("m", 0.9), float("nan"), True),
+        (Bar("m", 2.5, at_most=True), float("nan"), True),
+    ],
+)
+def test_a_bar_is_cleared_at_its_limit_and_never_by_nan(bar: Bar, value: float, missed: bool) -> None:
+    """The limit itself clears a bar from either side; NaN clears none."""
+    assert bool(bar.missed({"m": value})) is missed
+
+
+def test_bars_ask_for_metrics_that_are_measured() -> None:
+    """Every bar is on a metric that evaluation of that family writes."""
+    families = {"vae": model_pb2.Model.FAMILY_VAE, "gan": model_pb2.Model.FAMILY_GAN}
+    for name, family in {**families, "diffusion": model_pb2.Model.FAMILY_DIFFUSION}.items():
+        measured = {metric + variant for metric in SAMPLE_METRICS for variant in VARIANTS[name]}
+        likelihoods = {"iwae-500", "smallest-latent-kl"} if name == "vae" else set()
+        assert {bar.metric for bar in bars.BARS[family]} <= measured | likelihoods
+
+
+def test_bars_are_for_digits_only(bundle_of: Callable, measure: Callable) -> None:
+    """On other data the bars mean nothing, and asking for them is an error before any work."""
+    with pytest.raises(EvaluationError, match="bars are set for digits and"):
+        measure(bundle_of("gan"), bars=True)
+
+
+def test_other_data_of_the_same_shape_are_refused(
+    bundle_of: Callable, measure: Callable, tmp_path: Path, images: str
+) -> None:
+    """The digest of the data in the record tells data of another content apart."""
+    with np.load(images) as arrays:
+        np.savez(tmp_path / "other.npz", x=arrays["x"][::-1], y=arrays["y"][::-1], levels=17)
+    with pytest.raises(EvaluationError, match="tiny-gan@1 was trained on other data than other"):
+        measure(bundle_of("gan"), data=str(tmp_path / "other.npz"))
+
+
+def test_data_of_another_shape_are_refused(bundle_of: Callable, measure: Callable) -> None:
+    """The error shows both shapes."""
+    with pytest.raises(EvaluationError, match=r"makes samples of shape \[1, 4, 4\], digits holds \[1, 8, 8\]"):
+        measure(bundle_of("gan"), data="digits")
+
+
+def test_data_of_one_class_are_refused(bundle_of: Callable, measure: Callable, tmp_path: Path) -> None:
+    """A classifier of one class tells nothing apart."""
+    np.savez(tmp_path / "plain.npz", x=np.random.default_rng(0).integers(0, 9, (50, 4, 4), np.uint8))
+    with pytest.raises(EvaluationError, match="plain has one class only; evaluation needs labelled images"):
+        measure(bundle_of("gan"), data=str(tmp_path / "plain.npz"))
+
+
+def test_a_bundle_that_cannot_sample_is_refused(
+    write_tiny: Callable[..., Path],
+    measure: Callable,
+    tiny_specs: dict[str, Callable[[], ServingSpec]],
+    tmp_path: Path,
+) -> None:
+    """A scorer alone has nothing to evaluate."""
+    spec = tiny_specs["gan"]()
+    scorer = [graph for graph in spec.graphs if graph.role == Role.ROLE_SCORER]
+    spec = dataclasses.replace(spec, graphs=scorer, methods=[model_pb2.Model.METHOD_SCORE])
+    with pytest.raises(EvaluationError, match="draws no samples: it has neither a decoder nor a denoiser"):
+        measure(write_tiny(tmp_path, "gan", spec))
+
+
+def test_labels_are_allotted_in_the_shares_of_the_data() -> None:
+    """Counts are within one of the shares, sum to what was asked for, and are in order of class."""
+    dataset: Dataset = load("digits")
+    model = model_pb2.Model(class_names=["a", "b", "c"], class_probabilities=[0.5, 0.3, 0.2])
+    assert evaluate.allotted_labels(model, dataset, 7).tolist() == [0, 0, 0, 0, 1, 1, 2]
+    digits = model_pb2.Model(class_names=dataset.info.class_names)
+    counts = np.bincount(evaluate.allotted_labels(digits, dataset, 1440))
+    assert counts.sum() == 1440
+    assert np.abs(counts - 1440 * np.array(dataset.info.class_probabilities)).max() < 1
