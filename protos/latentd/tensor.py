@@ -47,8 +47,8 @@ def encode(array: NDArray[Any], path: str = "tensor") -> tensor_pb2.Tensor:
     data_type = _DATA_TYPES.get(dtype)
     if data_type is None:
         raise TensorError(path, f"element type {array.dtype} is none of {_allowed()}")
-    if array.nbytes > _MAX_BYTES:
-        raise TensorError(path, f"holds {array.nbytes} bytes; a message holds at most {_MAX_BYTES}")
+    if (span := _span(array.shape, dtype)) > _MAX_BYTES:
+        raise TensorError(path, f"spans {span} bytes; a message holds at most {_MAX_BYTES}")
     if sys.byteorder != "little" or array.dtype != dtype:
         array = array.astype(dtype)
     return tensor_pb2.Tensor(data_type=data_type, shape=array.shape, data=array.tobytes())
@@ -69,12 +69,11 @@ def decode(tensor: tensor_pb2.Tensor, path: str = "tensor") -> NDArray[Any]:
     for axis, extent in enumerate(shape):
         if extent < 0:
             raise TensorError(f"{path}.shape[{axis}]", f"must not be negative, got {extent}")
-    expected = math.prod(shape) * dtype.itemsize
-    if expected > _MAX_BYTES:
+    if (span := _span(shape, dtype)) > _MAX_BYTES:
         raise TensorError(
-            f"{path}.shape",
-            f"{list(shape)} of {dtype.name} overflows: {expected} bytes, at most {_MAX_BYTES}",
+            f"{path}.shape", f"{list(shape)} of {dtype.name} overflows: {span} bytes, at most {_MAX_BYTES}"
         )
+    expected = math.prod(shape) * dtype.itemsize
     data = tensor.data  # each access of a bytes field copies it
     if len(data) != expected:
         raise TensorError(
@@ -82,6 +81,11 @@ def decode(tensor: tensor_pb2.Tensor, path: str = "tensor") -> NDArray[Any]:
             f"must hold {expected} bytes for shape {list(shape)} of {dtype.name}, got {len(data)}",
         )
     return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _span(shape: tuple[int, ...], dtype: "np.dtype[Any]") -> int:
+    """Bytes of an array, its empty axes counted as 1: numpy bounds the extents of empty arrays too."""
+    return math.prod(max(extent, 1) for extent in shape) * dtype.itemsize
 
 
 def _allowed() -> str:

@@ -82,6 +82,7 @@ def test_a_wrong_byte_count_is_refused(array: NDArray, change: int) -> None:
         (tensor_pb2.Tensor(data_type=FLOAT32, shape=[-2, -3], data=bytes(24)), "x.shape[0]", "got -2"),
         (tensor_pb2.Tensor(data_type=FLOAT32, shape=[2**62, 2**62]), "x.shape", "overflows"),
         (tensor_pb2.Tensor(data_type=FLOAT32, shape=[2**29]), "x.shape", "at most 2147483647"),
+        (tensor_pb2.Tensor(data_type=FLOAT32, shape=[0, 2**31, 2**31]), "x.shape", "overflows"),
         (tensor_pb2.Tensor(data_type=FLOAT32, shape=[1] * 33, data=bytes(4)), "x.shape", "at most 32 axes, got 33"),
         (tensor_pb2.Tensor(data_type=FLOAT32, data=b""), "x.data", "must hold 4 bytes for shape []"),
     ],
@@ -105,7 +106,7 @@ def test_an_array_without_a_place_on_the_wire_is_refused(dtype: str) -> None:
 def test_an_array_too_large_for_a_message_is_refused() -> None:
     """2 GiB do not fit in a protobuf message; the array (here a broadcast view of 4 bytes) is refused uncopied."""
     huge = np.broadcast_to(np.float32(0), (2**29,))
-    with pytest.raises(tensor.TensorError, match="holds 2147483648 bytes"):
+    with pytest.raises(tensor.TensorError, match="spans 2147483648 bytes"):
         tensor.encode(huge)
 
 
