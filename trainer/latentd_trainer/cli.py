@@ -1,4 +1,4 @@
-"""`latentd-train`: fit, settings, export, evaluate, verify."""
+"""`latentd-train`. Each command imports what it needs when it is called, so that help is quick."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def fit(
         _fail(error, 1)
     except train.InterruptedTraining as stopped:
         _fail(stopped, stopped.exit_status)
-    console.print(f"{out}: {record.family} trained for {outcome.step} steps", markup=False, soft_wrap=True)
+    if shard.rank() == 0:
+        console.print(f"{out}: {record.family} trained for {outcome.step} steps", markup=False, soft_wrap=True)
 
 
 @app.command("settings")
@@ -119,6 +120,63 @@ def list_settings(family: FamilyName) -> None:
     for entry in dataclasses.fields(config_type):
         table.add_row(entry.name, str(entry.default), entry.metadata["help"])
     console.print(table)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    name: Annotated[str, typer.Option(help="Name of the model: a-z, 0-9 and '-', e.g. digits-vae.")],
+    models: Annotated[Path, typer.Option(help="Directory of models; the bundle goes to MODELS/NAME/VERSION.")] = Path(
+        "models"
+    ),
+    version: Annotated[
+        int | None, typer.Option(min=1, help="The next one after those there are, if not given.")
+    ] = None,
+    license_: Annotated[str, typer.Option("--license", help="SPDX identifier of the weights' licence.")] = "Apache-2.0",
+    replace: Annotated[bool, typer.Option("--replace", help="Replace this version if it is there.")] = False,
+) -> None:
+    """Write a trained model as a bundle of ONNX graphs, each proved equal to torch first."""
+    from latentd_trainer import export as exporter
+    from latentd_trainer.bundle import BundleError
+    from latentd_trainer.checkpoint import CheckpointError
+    from latentd_trainer.onnx_graph import GraphError
+
+    try:
+        directory = exporter.run(run, models=models, name=name, version=version, license=license_, replace=replace)
+    except (BundleError, CheckpointError, GraphError) as error:
+        _fail(error, 1)
+    console.print(directory, markup=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="Directory of a bundle, MODELS/NAME/VERSION.")],
+    data: Annotated[str, typer.Option(help="What it was trained on, as for fit.")] = "digits",
+    out: Annotated[Path | None, typer.Option(help="Where the report goes; into the bundle if not given.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all draws and of the classifier.")] = 0,
+    bars: Annotated[bool, typer.Option("--bars", help="Exit with 1 if a model of digits misses its bars.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; up to 4 if not given.")] = None,
+) -> None:
+    """Measure a bundle's samples against held-out data; write metrics into its card, and a report with pictures."""
+    from latentd_trainer import evaluate as evaluator
+    from latentd_trainer.bundle import BundleError
+    from latentd_trainer.data import DataError
+
+    try:
+        status = evaluator.run(bundle, data=data, out=out, seed=seed, bars=bars, threads=threads, console=console)
+    except DataError as error:
+        _fail(error, 2)
+    except (BundleError, evaluator.EvaluationError) as error:
+        _fail(error, 1)
+    raise typer.Exit(status)
+
+
+@app.command()
+def verify(bundle: Annotated[Path, typer.Argument(help="Directory of a bundle, MODELS/NAME/VERSION.")]) -> None:
+    """Check a bundle again: digests, contract of the graphs, parity with torch; exit with 1 if anything is wrong."""
+    from latentd_trainer import verify as verifier
+
+    raise typer.Exit(verifier.run(bundle, console))
 
 
 def _parse_texts(texts: list[str]) -> dict[str, str]:

@@ -73,6 +73,11 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """This process's number among those that `torchrun` started."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def local_rank() -> int:
     """This process's number among those that `torchrun` started on this machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))

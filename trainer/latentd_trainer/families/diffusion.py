@@ -141,7 +141,7 @@ class Diffusion(Family):
         spacing = self.config.timestep_count / step_count
         timesteps = np.round(np.arange(self.config.timestep_count, 0, -spacing)).astype(np.int64)[:step_count] - 1
         alphas, sigmas = np.append(self.alphas[timesteps], 1.0), np.append(self.sigmas[timesteps], 0.0)
-        x = sigmas[0] * torch.randn((len(labels), *self.info.shape), generator=generator)
+        x: Tensor = sigmas[0] * torch.randn((len(labels), *self.info.shape), generator=generator)
         with torch.no_grad():
             for index, t in enumerate(timesteps.tolist()):
                 rows = torch.full((len(labels),), t, device=device)

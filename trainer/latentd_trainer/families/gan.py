@@ -42,7 +42,9 @@ class GanConfig:
     loss: str = setting("nonsaturating", "the game: nonsaturating, minimax or hinge")
     gradient_penalty: float = setting(1.0, "gamma, the weight of R1; 0 is none")
     penalty_interval: int = setting(4, "steps from one R1 to the next")
-    largest_shift: int = setting(1, "pixels by which images move before the discriminator; 0 is none")
+    largest_shift: int = setting(
+        0, "pixels by which images move before the discriminator; 0 suits digits that fill the frame"
+    )
     width: int = setting(32, "channels of the networks at full size, a multiple of 8")
     hidden: int = setting(128, "width of the discriminator's linear layer")
     latent: int = setting(32, "dimensions of z")

@@ -140,13 +140,14 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], width: int, hidden: int, latent: int, class_count: int) -> None:
         super().__init__()
-        self.embed_label = nn.Embedding(class_count, hidden)
+        self.embed_label = nn.Embedding(class_count, 2 * hidden)
         self.mix = nn.Linear(latent, hidden)
         self.trunk = VectorToImage(hidden, shape, width, 2 * shape[0])
 
     def forward(self, latent: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
-        hidden = functional.silu(self.mix(latent) + self.embed_label(label))
+        scale, shift = self.embed_label(label).chunk(2, dim=1)
+        hidden = functional.silu(self.mix(latent) * (1 + scale) + shift)
         location, log_scale = self.trunk(hidden).chunk(2, dim=1)
         return location, (log_scale - 2).clamp(*LOG_SCALE_RANGE)
 

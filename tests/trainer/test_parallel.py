@@ -1,0 +1,64 @@
+"""Data-parallel training: two processes come to what one process comes to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from latentd_trainer.checkpoint import CHECKPOINT_FILE, read_record
+from latentd_trainer.cli import app
+from latentd_trainer.families import FAMILIES
+from latentd_trainer.shard import Shard
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+STEPS = 6
+SETTINGS = {
+    "vae": ["hidden=16", "latent=3", "free_bits=0.05", "kl_warm_up=0"],
+    "gan": ["hidden=16", "latent=5"],
+    "diffusion": ["timestep_count=20"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_train_what_one_does(tmp_path: Path, family: str) -> None:
+    """Under torchrun, with the same global batch, weights, averages and logged losses agree to float tolerance."""
+    settings = [f"steps={STEPS}", "batch_size=8", "width=16", *SETTINGS[family]]
+    options = ["--device", "cpu", "--seed", "5", *(part for setting in settings for part in ("--set", setting))]
+    assert CliRunner().invoke(app, ["fit", family, "--out", str(tmp_path / "one"), *options]).exit_code == 0
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "latentd_trainer", "fit", family, "--out", tmp_path / "two", *options),
+        ],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    one, two = (load_file(tmp_path / name / CHECKPOINT_FILE) for name in ("one", "two"))
+    assert set(one) == set(two)
+    for key, tensor in one.items():
+        if not key.startswith("updaters/"):
+            torch.testing.assert_close(tensor, two[key], atol=5e-5, rtol=1e-3, msg=key)
+    logs = [
+        [json.loads(line)["losses"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert len(logs[0]) == len(logs[1]) == STEPS
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    # Shares round in another way when they are summed, so the number of processes belongs to the record.
+    assert [read_record(tmp_path / name).processes for name in ("one", "two")] == [1, 2]
+
+
+def test_shares_are_equal_and_cover_the_batch() -> None:
+    """Every row is in one process's share."""
+    whole = torch.arange(12).reshape(6, 2)
+    shares = [Shard(rank, 3).rows(whole) for rank in range(3)]
+    assert torch.equal(torch.cat(shares), whole)
+    assert {len(share) for share in shares} == {2}
+    with pytest.raises(ValueError, match="a batch of 6 does not divide by 4 processes"):
+        Shard(0, 4).rows(whole)
