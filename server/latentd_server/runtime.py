@@ -89,9 +89,14 @@ def _preload_cuda() -> None:
     onnxruntime.preload_dlls()
 
 
-def default_threads() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_threads(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores this process may use: those it may run on, and no more than its container's quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = cpu_max.read_text().split()
+    except (OSError, ValueError):
+        return cores  # no cgroup v2, hence no quota that could be read
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 class CompiledGraph:

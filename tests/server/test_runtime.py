@@ -1,5 +1,6 @@
 """Devices, batch sizes and the certificate."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,21 @@ def test_a_size_with_other_bytes_is_left_out() -> None:
 def test_cpu_is_taken_when_asked_for() -> None:
     """`cpu` is the CPU, GPU or not."""
     assert choose_device("cpu").provider == "CPUExecutionProvider"
+
+
+@pytest.mark.parametrize(("text", "most"), [("100000 100000", 1), ("150000 100000", 1), ("50000 100000", 1)])
+def test_a_container_gets_the_threads_of_its_quota(tmp_path: Path, text: str, most: int) -> None:
+    """A cgroup's CPU quota bounds the threads, however many cores the node has."""
+    (tmp_path / "cpu.max").write_text(text)
+    assert runtime.default_threads(tmp_path / "cpu.max") == most
+
+
+def test_without_a_quota_all_cores_are_used(tmp_path: Path) -> None:
+    """No limit, or no cgroup at all, leaves the cores the process may run on."""
+    (tmp_path / "cpu.max").write_text("max 100000")
+    cores = runtime.default_threads(tmp_path / "missing")
+    assert cores >= 1
+    assert runtime.default_threads(tmp_path / "cpu.max") == cores
 
 
 def test_forcing_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
