@@ -20,6 +20,7 @@ from latentd_trainer.families.vae import Vae
 from latentd_trainer.progress import Display
 from PIL import Image
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 TINY = {
@@ -88,6 +89,39 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     assert logs[0] == logs[1]
     assert [step for step, _ in logs[0]] == list(range(1, 21))
     assert (tmp_path / "whole" / "samples.png").read_bytes() == (tmp_path / "parts" / "samples.png").read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_mixed_precision_resumes_bit_for_bit(
+    name: str, precision: str, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half-precision arithmetic keeps fp32 weights and finite losses, and its loss scale survives a restart.
+
+    The CPU stands in for CUDA, which alone is offered to people.
+    """
+    record = RunRecord(**{**vars(record_of(name, digits, steps=6)), "precision": precision})
+    fit(tmp_path / "whole", record, digits)
+    with monkeypatch.context() as patch:
+        at_step(patch, checkpoint.load_family(name), 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(train.InterruptedTraining):
+            fit(tmp_path / "parts", record, digits)
+    fit(tmp_path / "parts", record, digits, resume=True)
+    whole, parts = (load_file(tmp_path / run / CHECKPOINT_FILE) for run in ("whole", "parts"))
+    fp32 = load_fp32(tmp_path, record, digits)
+    for key, tensor in whole.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, parts[key]), key
+    assert any(not torch.equal(tensor, fp32[key]) for key, tensor in whole.items())
+    with safe_open(tmp_path / "parts" / CHECKPOINT_FILE, "pt") as file:
+        scalers = json.loads(file.metadata()["latentd"])["scalers"]
+    assert all(bool(state) == (precision == "fp16") for state in scalers.values())
+
+
+def load_fp32(directory: Path, record: RunRecord, digits: Dataset) -> dict[str, torch.Tensor]:
+    """What the same run comes to in fp32."""
+    fit(directory / "fp32", RunRecord(**{**vars(record), "precision": "fp32"}), digits)
+    return load_file(directory / "fp32" / CHECKPOINT_FILE)
 
 
 def test_another_seed_trains_other_weights(digits: Dataset, tmp_path: Path) -> None:
