@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from functools import wraps
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
 
@@ -13,8 +12,8 @@ import grpc.aio
 from latentd.v1.generation_service_pb2_grpc import GenerationServiceStub
 from numpy.typing import ArrayLike
 
-from latentd_client import calls, errors
-from latentd_client.calls import Catalogue, Program, Unary, Within
+from latentd_client import errors
+from latentd_client.calls import Calls, Program, Unary, Within, presented_as
 from latentd_client.channels import (
     DEFAULT_TARGET,
     TLS,
@@ -33,17 +32,17 @@ from latentd_client.retries import Attempts, Retries
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_SamplingProgram: TypeAlias = Callable[Concatenate[Catalogue, _P], Program[SampleRun]]
+_SamplingProgram: TypeAlias = Callable[Concatenate[Calls, _P], Program[SampleRun]]
 
 
 def _answered(
-    program: Callable[Concatenate[Catalogue, _P], Program[_T]],
+    program: Callable[Concatenate[Calls, _P], Program[_T]],
 ) -> "Callable[Concatenate[AsyncClient, _P], Coroutine[Any, Any, _T]]":
     """The method that runs a program to its end."""
 
-    @wraps(program)
+    @presented_as(program)
     async def method(self: "AsyncClient", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return (await self._run(program(self._catalogue, *args, **kwargs)))[0]
+        return (await self._run(program(self._calls, *args, **kwargs)))[0]
 
     return method
 
@@ -53,9 +52,9 @@ def _gathered(
 ) -> "Callable[Concatenate[AsyncClient, _P], Coroutine[Any, Any, Samples]]":
     """The method that waits for all samples."""
 
-    @wraps(program)
+    @presented_as(program, Samples)
     async def method(self: "AsyncClient", /, *args: _P.args, **kwargs: _P.kwargs) -> Samples:
-        run, deadline = await self._run(program(self._catalogue, *args, **kwargs))
+        run, deadline = await self._run(program(self._calls, *args, **kwargs))
         return await self._gather(run, deadline)
 
     return method
@@ -66,9 +65,9 @@ def _streamed(
 ) -> "Callable[Concatenate[AsyncClient, _P], AsyncGenerator[Event]]":
     """The method that iterates over what happens."""
 
-    @wraps(program)
+    @presented_as(program, AsyncGenerator[Event])
     async def method(self: "AsyncClient", /, *args: _P.args, **kwargs: _P.kwargs) -> AsyncGenerator[Event]:
-        run, deadline = await self._run(program(self._catalogue, *args, **kwargs))
+        run, deadline = await self._run(program(self._calls, *args, **kwargs))
         async with contextlib.aclosing(self._events(run, deadline)) as events:
             async for event in events:
                 yield event
@@ -79,9 +78,9 @@ def _streamed(
 def _looped(program: "_SamplingProgram[_P]") -> "Callable[Concatenate[AsyncClient, _P], AsyncDenoiseLoop]":
     """The method that lets the caller take the steps."""
 
-    @wraps(program)
+    @presented_as(program, "AsyncDenoiseLoop")
     def method(self: "AsyncClient", /, *args: _P.args, **kwargs: _P.kwargs) -> "AsyncDenoiseLoop":
-        return AsyncDenoiseLoop(self, program(self._catalogue, *args, **kwargs))
+        return AsyncDenoiseLoop(self, program(self._calls, *args, **kwargs))
 
     return method
 
@@ -101,17 +100,17 @@ class AsyncClient:
         ValueError: an argument makes no sense.
     """
 
-    sample = _gathered(calls.sampling)
-    sample_stream = _streamed(calls.sampling)
-    denoise_loop = _looped(calls.sampling)
-    reproduce = _answered(calls.reproduce)
-    encode = _answered(calls.encode)
-    decode = _answered(calls.decode)
-    denoise_step = _answered(calls.denoise_step)
-    score = _answered(calls.score)
-    interpolate = _answered(calls.interpolate)
-    model = _answered(calls.model)
-    models = _answered(calls.models)
+    sample = _gathered(Calls.sampling)
+    sample_stream = _streamed(Calls.sampling)
+    denoise_loop = _looped(Calls.sampling)
+    reproduce = _answered(Calls.reproduce)
+    encode = _answered(Calls.encode)
+    decode = _answered(Calls.decode)
+    denoise_step = _answered(Calls.denoise_step)
+    score = _answered(Calls.score)
+    interpolate = _answered(Calls.interpolate)
+    model = _answered(Calls.model)
+    models = _answered(Calls.models)
 
     def __init__(
         self,
@@ -124,7 +123,7 @@ class AsyncClient:
         channel_options: Sequence[ChannelOption] = (),
     ) -> None:
         self._settings = Settings(target, tls, timeout, retries, caller, tuple(channel_options))
-        self._catalogue = Catalogue()
+        self._calls = Calls()
         self._liveness = Liveness()
         credentials = self._settings.credentials
         self._channel = (

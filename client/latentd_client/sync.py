@@ -5,7 +5,6 @@ import queue
 import random
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import wraps
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
 
@@ -14,8 +13,8 @@ from latentd.v1 import generation_service_pb2 as pb
 from latentd.v1.generation_service_pb2_grpc import GenerationServiceStub
 from numpy.typing import ArrayLike
 
-from latentd_client import calls, errors
-from latentd_client.calls import Catalogue, Program, Unary, Within
+from latentd_client import errors
+from latentd_client.calls import Calls, Program, Unary, Within, presented_as
 from latentd_client.channels import (
     DEFAULT_TARGET,
     TLS,
@@ -34,15 +33,15 @@ from latentd_client.retries import Attempts, Retries
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_SamplingProgram: TypeAlias = Callable[Concatenate[Catalogue, _P], Program[SampleRun]]
+_SamplingProgram: TypeAlias = Callable[Concatenate[Calls, _P], Program[SampleRun]]
 
 
-def _answered(program: Callable[Concatenate[Catalogue, _P], Program[_T]]) -> "Callable[Concatenate[Client, _P], _T]":
+def _answered(program: Callable[Concatenate[Calls, _P], Program[_T]]) -> "Callable[Concatenate[Client, _P], _T]":
     """The method that runs a program to its end."""
 
-    @wraps(program)
+    @presented_as(program)
     def method(self: "Client", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return self._run(program(self._catalogue, *args, **kwargs))[0]
+        return self._run(program(self._calls, *args, **kwargs))[0]
 
     return method
 
@@ -52,9 +51,9 @@ def _gathered(
 ) -> "Callable[Concatenate[Client, _P], Samples]":
     """The method that waits for all samples."""
 
-    @wraps(program)
+    @presented_as(program, Samples)
     def method(self: "Client", /, *args: _P.args, **kwargs: _P.kwargs) -> Samples:
-        run, deadline = self._run(program(self._catalogue, *args, **kwargs))
+        run, deadline = self._run(program(self._calls, *args, **kwargs))
         return self._gather(run, deadline)
 
     return method
@@ -65,9 +64,9 @@ def _streamed(
 ) -> "Callable[Concatenate[Client, _P], Generator[Event]]":
     """The method that iterates over what happens."""
 
-    @wraps(program)
+    @presented_as(program, Generator[Event])
     def method(self: "Client", /, *args: _P.args, **kwargs: _P.kwargs) -> Generator[Event]:
-        run, deadline = self._run(program(self._catalogue, *args, **kwargs))
+        run, deadline = self._run(program(self._calls, *args, **kwargs))
         yield from self._events(run, deadline)
 
     return method
@@ -76,9 +75,9 @@ def _streamed(
 def _looped(program: "_SamplingProgram[_P]") -> "Callable[Concatenate[Client, _P], DenoiseLoop]":
     """The method that lets the caller take the steps."""
 
-    @wraps(program)
+    @presented_as(program, "DenoiseLoop")
     def method(self: "Client", /, *args: _P.args, **kwargs: _P.kwargs) -> "DenoiseLoop":
-        return DenoiseLoop(self, program(self._catalogue, *args, **kwargs))
+        return DenoiseLoop(self, program(self._calls, *args, **kwargs))
 
     return method
 
@@ -107,17 +106,17 @@ class Client:
         ValueError: an argument makes no sense.
     """
 
-    sample = _gathered(calls.sampling)
-    sample_stream = _streamed(calls.sampling)
-    denoise_loop = _looped(calls.sampling)
-    reproduce = _answered(calls.reproduce)
-    encode = _answered(calls.encode)
-    decode = _answered(calls.decode)
-    denoise_step = _answered(calls.denoise_step)
-    score = _answered(calls.score)
-    interpolate = _answered(calls.interpolate)
-    model = _answered(calls.model)
-    models = _answered(calls.models)
+    sample = _gathered(Calls.sampling)
+    sample_stream = _streamed(Calls.sampling)
+    denoise_loop = _looped(Calls.sampling)
+    reproduce = _answered(Calls.reproduce)
+    encode = _answered(Calls.encode)
+    decode = _answered(Calls.decode)
+    denoise_step = _answered(Calls.denoise_step)
+    score = _answered(Calls.score)
+    interpolate = _answered(Calls.interpolate)
+    model = _answered(Calls.model)
+    models = _answered(Calls.models)
 
     def __init__(
         self,
@@ -130,7 +129,7 @@ class Client:
         channel_options: Sequence[ChannelOption] = (),
     ) -> None:
         self._settings = Settings(target, tls, timeout, retries, caller, tuple(channel_options))
-        self._catalogue = Catalogue()
+        self._calls = Calls()
         self._liveness = Liveness()
         self._closing = threading.Event()
         credentials = self._settings.credentials

@@ -82,8 +82,9 @@ class Terminal:
     def fail(self, error: BaseException) -> None:
         """Print one line for a failure, and one for each violation beyond it."""
         violations = error.violations if isinstance(error, errors.FieldsInvalid) else ()
+        message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
         if self.as_json:
-            facts: dict[str, Any] = {"message": str(error) or type(error).__name__, "exit_code": exit_code(error)}
+            facts: dict[str, Any] = {"message": message, "exit_code": exit_code(error)}
             if isinstance(error, errors.LatentdError):
                 facts |= {
                     "code": error.code.name,
@@ -97,7 +98,7 @@ class Terminal:
         if violations:
             lines = [Text.assemble((one.path, "bold"), ": ", one.description) for one in violations]
         else:
-            lines = [Text(str(error) or type(error).__name__)]
+            lines = [Text(message)]
         for line in lines:
             self.err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
         if isinstance(error, errors.ServerUnavailable) and error.retry_after_s is not None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from latentd.v1 import generation_service_pb2 as pb
 from latentd.v1 import model_pb2
 from latentd_client import Retries
-from latentd_client.calls import slerp
+from latentd_client.interpolation import slerp
 from latentd_client.errors import Draining, FieldsInvalid, Overloaded, ServerUnavailable
 from latentd_client.model import Model, enum_name
 from latentd_client.retries import Attempts, Throttle
