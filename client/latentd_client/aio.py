@@ -22,6 +22,7 @@ from latentd_client.channels import (
     Liveness,
     Settings,
     new_request_id,
+    random_seed,
     translate,
     unary_calls,
 )
@@ -123,7 +124,7 @@ class AsyncClient:
         channel_options: Sequence[ChannelOption] = (),
     ) -> None:
         self._settings = Settings(target, tls, timeout, retries, caller, tuple(channel_options))
-        self._calls = Calls()
+        self._calls = Calls(random_seed)
         self._liveness = Liveness()
         credentials = self._settings.credentials
         self._channel = (

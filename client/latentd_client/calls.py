@@ -1,4 +1,4 @@
-"""What every method of a client asks, and what it makes of the answers. No I/O: a program yields its questions.
+"""What every method of a client asks, and what it makes of the answers. Pure: a program yields its questions.
 
 `Client` and `AsyncClient` turn each method of `Calls` into one of the same signature: they send what the program
 yields, hand back what was answered, and return what the program returns. So the two cannot differ.
@@ -11,7 +11,6 @@ Arguments that appear everywhere:
 """
 
 import inspect
-import secrets
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
@@ -72,19 +71,14 @@ def presented_as(program: Callable[..., Any], returns: Any = None) -> Callable[[
     return present
 
 
-def random_seed() -> int:
-    """A seed nobody has used, in [0, 2^53): exact in JSON and in every language's numbers."""
-    return secrets.randbits(53)
-
-
 class Calls:
     """The programs of one client, and what it remembers from call to call.
 
     Args:
-        draw_seed: where seeds come from that callers do not give.
+        draw_seed: where the seeds come from that callers do not give.
     """
 
-    def __init__(self, draw_seed: Callable[[], int] = random_seed) -> None:
+    def __init__(self, draw_seed: Callable[[], int]) -> None:
         self.draw_seed = draw_seed
         self._models: dict[str, Model] = {}  # by the reference they were asked for
 

@@ -174,6 +174,11 @@ def unary_calls(channel: Any) -> Mapping[str, Callable[..., Any]]:
     }
 
 
+def random_seed() -> int:
+    """A seed nobody has used, in [0, 2^53): exact in JSON and in every language's numbers."""
+    return secrets.randbits(53)
+
+
 def new_request_id() -> str:
     """A fresh `x-request-id`."""
     return secrets.token_hex(8)

@@ -23,6 +23,7 @@ from latentd_client.channels import (
     Liveness,
     Settings,
     new_request_id,
+    random_seed,
     translate,
     unary_calls,
 )
@@ -129,7 +130,7 @@ class Client:
         channel_options: Sequence[ChannelOption] = (),
     ) -> None:
         self._settings = Settings(target, tls, timeout, retries, caller, tuple(channel_options))
-        self._calls = Calls()
+        self._calls = Calls(random_seed)
         self._liveness = Liveness()
         self._closing = threading.Event()
         credentials = self._settings.credentials
