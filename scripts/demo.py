@@ -4,6 +4,7 @@ Each stage is a command that anyone can run by hand; bundles that are there alre
 to `out/`, bundles to `models/`, training runs to `runs/`.
 """
 
+import json
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from latentd.names import BUNDLE_FILE
 from latentd_client import Client, LatentdError, Preview, Samples
 from latentd_client.images import grid, save_gif, to_uint8
 from rich.console import Console
@@ -56,13 +58,18 @@ def main() -> int:
 
 def train_missing() -> None:
     """Fit, export, verify and evaluate the models that have no bundle, two at a time."""
-    missing = [family for family in FAMILIES if not (MODELS / f"digits-{family}" / "1" / "bundle.json").exists()]
+    missing = [family for family in FAMILIES if not is_evaluated(MODELS / f"digits-{family}" / "1" / BUNDLE_FILE)]
     for family in FAMILIES:
         if family not in missing:
             console.print(f"[green]kept[/]     models/digits-{family}/1")
     with ThreadPoolExecutor(max_workers=2) as pool:
         for done in as_completed([pool.submit(train, family) for family in missing]):
             console.print(done.result())
+
+
+def is_evaluated(bundle: Path) -> bool:
+    """Whether a bundle is there and has been measured, which is the last thing done to it."""
+    return bundle.exists() and bool(json.loads(bundle.read_text())["model"].get("card", {}).get("metrics"))
 
 
 def train(family: str) -> str:
@@ -74,7 +81,8 @@ def train(family: str) -> str:
     run, bundle = str(RUNS / name), str(MODELS / name / "1")
     trainer("fit", family, "--data", "digits", "--out", run, "--seed", "0", "--resume", log=log)
     fitted = time.monotonic() - started
-    trainer("export", run, "--models", str(MODELS), "--name", name, log=log)
+    if not Path(bundle).exists():
+        trainer("export", run, "--models", str(MODELS), "--name", name, log=log)
     trainer("verify", bundle, log=log)
     trainer("evaluate", bundle, log=log)
     total = time.monotonic() - started
