@@ -56,18 +56,18 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
+def record(images: str) -> RunRecord:
+    """Of a training on `images`."""
+    return RunRecord("tiny", {}, images, load(images).info, 0, "fp32", 1, 1, {})
+
+
+@pytest.fixture(scope="module")
 def exported(
-    tmp_path_factory: pytest.TempPathFactory, images: str, write_tiny: Callable[..., Path]
+    tmp_path_factory: pytest.TempPathFactory, record: RunRecord, write_tiny: Callable[..., Path]
 ) -> Callable[[str], Path]:
     """The tiny bundle of a family that says it was trained on `images`; exported once, not to be changed."""
     models = tmp_path_factory.mktemp("models")
-    info = load(images).info
-
-    @functools.cache
-    def export(family: str) -> Path:
-        return write_tiny(models, family, record=RunRecord(family, {}, images, info, 0, "fp32", 1, 1, {}))
-
-    return export
+    return functools.cache(lambda family: write_tiny(models, family, record=record))
 
 
 @pytest.fixture
@@ -227,13 +227,14 @@ def test_a_bundle_that_cannot_sample_is_refused(
     measure: Callable,
     tiny_specs: dict[str, Callable[[], ServingSpec]],
     tmp_path: Path,
+    record: RunRecord,
 ) -> None:
     """A scorer alone has nothing to evaluate."""
     spec = tiny_specs["gan"]()
     scorer = [graph for graph in spec.graphs if graph.role == Role.ROLE_SCORER]
     spec = dataclasses.replace(spec, graphs=scorer, methods=[model_pb2.Model.METHOD_SCORE])
     with pytest.raises(EvaluationError, match="draws no samples: it has neither a decoder nor a denoiser"):
-        measure(write_tiny(tmp_path, "gan", spec))
+        measure(write_tiny(tmp_path, "gan", spec, record))
 
 
 def test_labels_are_allotted_in_the_shares_of_the_data() -> None:

@@ -27,6 +27,7 @@ BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 LABEL_SMOOTHING = 0.05
 """Keeps the classifier's confidence, and with it the scale of its features, from growing with training."""
+SHIFTED_SHARE = 0.5
 LARGEST_SHIFT = 1  # pixels
 
 SMALLEST_ACCURACY = 0.985
@@ -137,7 +138,7 @@ def _shift(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     count, _, height, width = images.shape
     padded = nn.functional.pad(images, (LARGEST_SHIFT,) * 4, value=-1.0)
     shifts = torch.randint(0, 2 * LARGEST_SHIFT + 1, (2, count), generator=generator)
-    shifts[:, torch.rand(count, generator=generator) < 0.5] = LARGEST_SHIFT  # in the middle: not moved
+    shifts[:, torch.rand(count, generator=generator) >= SHIFTED_SHARE] = LARGEST_SHIFT  # in the middle: not moved
     rows = shifts[0, :, None] + torch.arange(height)
     columns = shifts[1, :, None] + torch.arange(width)
     each = torch.arange(count)[:, None, None]
@@ -151,6 +152,16 @@ def _batches(images: NDArray[np.float32]) -> Iterator[torch.Tensor]:
 
 def _key(dataset: Dataset, seed: int) -> str:
     """Everything that decides the weights, but the hardware."""
-    recipe = [FEATURES, _WIDTH, STEPS, BATCH_SIZE, LEARNING_RATE, LABEL_SMOOTHING, LARGEST_SHIFT, torch.__version__]
+    recipe = [
+        FEATURES,
+        _WIDTH,
+        STEPS,
+        BATCH_SIZE,
+        LEARNING_RATE,
+        LABEL_SMOOTHING,
+        SHIFTED_SHARE,
+        LARGEST_SHIFT,
+        torch.__version__,
+    ]
     text = json.dumps([dataset.info.sha256, seed, recipe])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
