@@ -87,7 +87,7 @@ def _looped(program: "_SamplingProgram[_P]") -> "Callable[Concatenate[AsyncClien
 
 
 class AsyncClient:
-    """Talks to a latentd server, asynchronously; otherwise as `Client`.
+    """Talks to a latentd server, asynchronously; otherwise as `Client`. Make it in the event loop that uses it.
 
     Args:
         target: `HOST:PORT`, or any gRPC target.
@@ -99,6 +99,7 @@ class AsyncClient:
 
     Raises:
         ValueError: an argument makes no sense.
+        RuntimeError: no event loop is running.
     """
 
     sample = _gathered(Calls.sampling)
@@ -127,6 +128,7 @@ class AsyncClient:
         self._calls = Calls(random_seed)
         self._liveness = Liveness()
         credentials = self._settings.credentials
+        asyncio.get_running_loop()
         self._channel = (
             grpc.aio.insecure_channel(target, self._settings.options)
             if credentials is None

@@ -108,6 +108,8 @@ class Calls:
         the steps one by one.
 
         Sample i depends on (seed, i) alone: a thousand samples are the same in one request as in a thousand.
+        A stream that breaks is resumed; one that is left early is given up when its iterator is closed, for which
+        `contextlib.closing` and `aclosing` are made.
 
         Args:
             model: which model.

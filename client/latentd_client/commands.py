@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from google.protobuf.json_format import MessageToDict
+from latentd import __version__
 
 from latentd_client import arguments, images
 from latentd_client.channels import DEFAULT_TARGET
@@ -42,12 +43,21 @@ class Session:
         return Client(self.server, timeout=self.timeout_s, caller="latentctl")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"latentctl {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def connect(
     context: typer.Context,
     server: Annotated[str, typer.Option(envvar="LATENTD_SERVER", help="HOST:PORT of the server.")] = DEFAULT_TARGET,
     timeout: Annotated[float, typer.Option(envvar="LATENTD_TIMEOUT", help="Seconds a call may take.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs; errors too.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """Options for every command."""
     context.obj = Session(server, timeout, Terminal(as_json))

@@ -231,7 +231,8 @@ class DenoiseLoop(LoopView):
                 if step.timestep > 500:
                     loop.override(state=step.state * mask)
 
-    A broken stream is mended by sending the steps anew: the seed is fixed, so they lead to the same state.
+    A broken stream is mended by sending the steps anew: the seed is fixed, so they lead to the same state. The call's
+    timeout covers the loop from `with` to its end; give `denoise_loop` a longer one where a person decides the steps.
     """
 
     def __init__(self, client: Client, program: Program[SampleRun]) -> None:

@@ -115,13 +115,18 @@ class FakeServer(generation_service_pb2_grpc.GenerationServiceServicer, model_se
     open_streams: int = 0
     port: int = 0
     versions: int = 1
+    credentials: grpc.ServerCredentials | None = None
 
     def start(self) -> "FakeServer":
         """Listen; on the same port again if it listened before."""
         self.server = grpc.server(futures.ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(self, self.server)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(self, self.server)
-        self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        address = f"127.0.0.1:{self.port}"
+        if self.credentials is None:
+            self.port = self.server.add_insecure_port(address)
+        else:
+            self.port = self.server.add_secure_port(address, self.credentials)
         self.server.start()
         return self
 

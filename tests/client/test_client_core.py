@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,8 @@ from hypothesis import strategies as st
 from latentd.v1 import generation_service_pb2 as pb
 from latentd.v1 import model_pb2
 from latentd_client import Retries
-from latentd_client.interpolation import slerp
 from latentd_client.errors import Draining, FieldsInvalid, Overloaded, ServerUnavailable
+from latentd_client.interpolation import slerp
 from latentd_client.model import Model, enum_name
 from latentd_client.retries import Attempts, Throttle
 
@@ -132,15 +131,3 @@ def test_the_library_needs_its_base_install_alone() -> None:
         "{'PIL', 'typer', 'rich', 'click', 'torch', 'onnxruntime', 'latentd_server', 'latentd_trainer'}))"
     )
     assert run_python(program) == "[]"
-
-
-def test_the_pure_core_imports_no_grpc() -> None:
-    """Requests, answers, errors, resumption and retry decisions work where grpc is absent."""
-    program = (
-        "import sys, types; sys.modules['grpc'] = None;"
-        "package = types.ModuleType('latentd_client');"
-        f"package.__path__ = [{str(Path(sys.modules['latentd_client'].__file__ or '').parent)!r}];"
-        "sys.modules['latentd_client'] = package;"
-        "import latentd_client.calls, latentd_client.loop, latentd_client.errors, latentd_client.retries; print('ok')"
-    )
-    assert run_python(program) == "ok"

@@ -312,3 +312,9 @@ def test_the_repr_says_where_and_whether(server: FakeServer) -> None:
     assert repr(client) == f"<Client of {server.target}>"
     client.close()
     assert repr(client) == f"<Client of {server.target}, closed>"
+
+
+def test_an_async_client_needs_its_event_loop() -> None:
+    """Made outside an event loop, an AsyncClient says so at once instead of hanging later."""
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        AsyncClient("localhost:1")
