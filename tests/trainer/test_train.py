@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +205,20 @@ def test_a_full_disk_stops_with_the_last_checkpoint_intact(
     assert checkpoint.load_run(tmp_path).step == 20
 
 
+def test_a_log_that_cannot_grow_stops_training(digits: Dataset, tmp_path: Path) -> None:
+    """When the system refuses to write more, here by a limit on the size of files, training stops and says why."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    record = record_of("vae", digits, steps=60)
+    fit_until_full = pytest.raises(train.TrainingError, match=r"File too large.*there is no checkpoint yet")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limit[1]))
+    try:
+        with fit_until_full:
+            fit(tmp_path, record, digits)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not (tmp_path / CHECKPOINT_FILE).exists()
+
+
 def test_nan_loss_stops_with_the_last_checkpoint_intact(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +251,7 @@ def test_weights_that_are_not_finite_are_never_saved(
         return losses
 
     monkeypatch.setattr(Vae, "step", broken)
-    with pytest.raises(train.TrainingError, match="holds NaN or infinity after step 10"):
+    with pytest.raises(checkpoint.CheckpointError, match="holds NaN or infinity after step 10"):
         fit(tmp_path, record_of("vae", digits), digits, interval=5)
     assert checkpoint.load_run(tmp_path).step == 5
 

@@ -31,7 +31,7 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 
 
 class CheckpointError(Exception):
-    """A run or its checkpoint cannot be read or written. The message names the file."""
+    """A run or its checkpoint cannot be read, or must not be written. The message names the file."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that at every moment `path` holds the old content or the new.
 
     Raises:
-        CheckpointError: it could not be written, as on a full disk; the old content is intact.
+        OSError: it could not be written, as on a full disk; the old content is intact.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -80,8 +80,7 @@ def write_whole(path: Path, content: bytes) -> None:
         finally:
             os.close(directory)
     except OSError as error:
-        kept = "the one before is intact" if path.exists() else "there was none before"
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror}); {kept}") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def build_family(name: str, settings: Mapping[str, Any], info: DataInfo, seed: int) -> Family:
@@ -125,7 +124,8 @@ def save(directory: Path, family: Family, step: int) -> None:
     """Replace the run's checkpoint by the state after `step` steps.
 
     Raises:
-        CheckpointError: weights are not finite, or the file could not be written; the old checkpoint is intact.
+        CheckpointError: weights are not finite; the old checkpoint is intact.
+        OSError: the file could not be written; the old checkpoint is intact.
     """
     tensors = _module_tensors(family)
     for name, updater in family.updaters.items():

@@ -68,7 +68,7 @@ def fit(
         bool,
         typer.Option(
             "--resume",
-            help="Continue the run in --out, bit for bit as if it had not stopped; start it if there is none.",
+            help="Continue the run in --out as if it had not stopped, on the CPU bit for bit; start it if there is none.",
         ),
     ] = False,
 ) -> None:
@@ -90,7 +90,7 @@ def fit(
             record, dataset = _continued_record(out, family, given, wanted)
         else:
             record, dataset = _new_record(family, given, wanted)
-        outcome = train.fit(
+        train.fit(
             out,
             record,
             dataset,
@@ -106,7 +106,9 @@ def fit(
     except train.InterruptedTraining as stopped:
         _fail(stopped, stopped.exit_status)
     if shard.rank() == 0:
-        console.print(f"{out}: {record.family} trained for {outcome.step} steps", markup=False, soft_wrap=True)
+        console.print(
+            f"{out}: {record.family} trained for {record.settings['steps']} steps", markup=False, soft_wrap=True
+        )
 
 
 @app.command("settings")

@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,14 +42,6 @@ class InterruptedTraining(Exception):
     def __init__(self, number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; continue with --resume")
         self.exit_status = 128 + number
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    step: int
-    losses: Mapping[str, float]  # of the last step
 
 
 def versions() -> dict[str, str]:
@@ -92,7 +84,7 @@ def fit(
     interval: int,
     resume: bool,
     display: Display,
-) -> Outcome:
+) -> None:
     """Train a run to its end, from the start or from its last checkpoint.
 
     Every `interval` steps, and at the end, the checkpoint is replaced and the pictures are drawn anew.
@@ -100,31 +92,31 @@ def fit(
 
     Raises:
         ValueError: the network does not take these images, or the processes do not divide the batch.
-        CheckpointError: nothing to resume, or it cannot be read.
+        CheckpointError: the checkpoint to resume from cannot be read, or weights are not finite.
         TrainingError: a loss is not finite, or files cannot be written; the last checkpoint is intact.
         InterruptedTraining: SIGINT or SIGTERM; the state is saved.
     """
     torch.set_num_threads(record.threads)
-    with ExitStack() as stack:
-        shard = stack.enter_context(join_group(device))
-        batch_size = record.settings["batch_size"]
-        if batch_size % shard.count:
-            raise ValueError(f"batch_size={batch_size}: must be a multiple of the {shard.count} processes")
-        family = checkpoint.build_family(record.family, record.settings, record.info, record.seed)
-        _move(family, device, record.precision)
-        start = checkpoint.restore(directory, family) if resume else 0
-        if shard.is_first and not resume:
-            directory.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_record(directory, record)
-        log = stack.enter_context(TrainingLog(directory, start, enabled=shard.is_first))
-        loop = _Loop(directory, record, dataset, family, device, shard, log)
-        received = stack.enter_context(_caught_signals())
-        if shard.is_first:
-            stack.enter_context(display.running(record.family, start, loop.step_count))
-        try:
-            return loop.run(start, interval, received, display)
-        except (OSError, checkpoint.CheckpointError) as error:
-            raise TrainingError(f"{error}\nstopped; {_what_is_left(directory)}") from error
+    try:
+        with ExitStack() as stack:
+            shard = stack.enter_context(join_group(device))
+            batch_size = record.settings["batch_size"]
+            if batch_size % shard.count:
+                raise ValueError(f"batch_size={batch_size}: must be a multiple of the {shard.count} processes")
+            family = checkpoint.build_family(record.family, record.settings, record.info, record.seed)
+            _move(family, device, record.precision)
+            start = checkpoint.restore(directory, family) if resume else 0
+            if shard.is_first and not resume:
+                directory.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_record(directory, record)
+            log = stack.enter_context(TrainingLog(directory, start, enabled=shard.is_first))
+            loop = _Loop(directory, record, dataset, family, device, shard, log)
+            received = stack.enter_context(_caught_signals())
+            if shard.is_first:
+                stack.enter_context(display.running(record.family, start, loop.step_count))
+            loop.run(start, interval, received, display)
+    except OSError as error:
+        raise TrainingError(f"{error}; stopped, {_what_is_left(directory)}") from error
 
 
 @dataclass
@@ -141,8 +133,7 @@ class _Loop:
     def step_count(self) -> int:
         return int(self.record.settings["steps"])
 
-    def run(self, start: int, interval: int, received: list[int], display: Display) -> Outcome:
-        losses: dict[str, float] = {}
+    def run(self, start: int, interval: int, received: list[int], display: Display) -> None:
         began = time.monotonic()
         for step in range(start, self.step_count):
             losses, stop = self._agree(self.family.step(self._batch(step), self._moment(step)), bool(received))
@@ -162,7 +153,6 @@ class _Loop:
                 self._save(done, draw=not stop)
             if stop and done < self.step_count:
                 raise InterruptedTraining(received[0] if received else signal.SIGTERM, done)
-        return Outcome(max(start, self.step_count), losses)
 
     def _batch(self, step: int) -> Batch:
         train = self.dataset.train
