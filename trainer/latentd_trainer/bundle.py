@@ -113,7 +113,7 @@ def replace_card(directory: Path, card: model_pb2.ModelCard) -> None:
 
     Raises:
         BundleError: there is no bundle.
-        CheckpointError: the file cannot be written; the old one is intact.
+        OSError: the file cannot be written; the old one is intact.
     """
     bundle = read(directory)
     bundle.model.card.CopyFrom(card)

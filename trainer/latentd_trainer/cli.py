@@ -68,7 +68,7 @@ def fit(
         bool,
         typer.Option(
             "--resume",
-            help="Continue the run in --out as if it had not stopped, on the CPU bit for bit; start it if there is none.",
+            help="Continue the run in --out as if it had not stopped, on the CPU bit for bit; start it if it is new.",
         ),
     ] = False,
 ) -> None:
@@ -145,7 +145,7 @@ def export(
 
     try:
         directory = exporter.run(run, models=models, name=name, version=version, license=license_, replace=replace)
-    except (BundleError, CheckpointError, GraphError) as error:
+    except (BundleError, CheckpointError, GraphError, OSError) as error:
         _fail(error, 1)
     console.print(directory, markup=False, soft_wrap=True)
 
@@ -168,7 +168,7 @@ def evaluate(
         status = evaluator.run(bundle, data=data, out=out, seed=seed, bars=bars, threads=threads, console=console)
     except DataError as error:
         _fail(error, 2)
-    except (BundleError, evaluator.EvaluationError) as error:
+    except (BundleError, evaluator.EvaluationError, OSError) as error:
         _fail(error, 1)
     raise typer.Exit(status)
 
