@@ -4,6 +4,7 @@ Thread-safe: the engine's device thread and the event loop both write here.
 """
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from latentd.v1 import bundle_pb2, model_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,8 +12,11 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+Series = TypeVar("Series", Counter, Gauge, Histogram)
+
 _REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _BATCH_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_GRAPHS = {role: name.removeprefix("ROLE_").lower() for name, role in bundle_pb2.Network.Role.items()}
 _BATCH_ROWS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 48, 64, 128)
 
 
@@ -21,6 +25,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        self._known: dict[tuple[int | str, ...], Any] = {}
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
@@ -107,22 +112,22 @@ class Metrics:
 
     def request_began(self, method: str) -> None:
         """Count a request in."""
-        self._in_flight.labels(method).inc()
+        self._series(self._in_flight, method).inc()
 
     def request_ended(self, method: str, model: str, code: str, seconds: float) -> None:
         """Count a request out, with the name of its gRPC code."""
-        self._in_flight.labels(method).dec()
-        self._requests.labels(method, model, code).inc()
-        self._duration.labels(method, model).observe(seconds)
+        self._series(self._in_flight, method).dec()
+        self._series(self._requests, method, model, code).inc()
+        self._series(self._duration, method, model).observe(seconds)
 
     def request_cost(self, method: str, model: str, queue_s: float, compute_s: float) -> None:
         """Record what an answered request cost."""
-        self._queue_time.labels(method, model).observe(queue_s)
-        self._compute_time.labels(method, model).observe(compute_s)
+        self._series(self._queue_time, method, model).observe(queue_s)
+        self._series(self._compute_time, method, model).observe(compute_s)
 
     def samples_answered(self, model: str, count: int) -> None:
         """Count samples, or rows of a tensor, that were answered."""
-        self._samples.labels(model).inc(count)
+        self._series(self._samples, model).inc(count)
 
     def refused(self, reason: str) -> None:
         """Count a refusal, by `ErrorInfo.reason`."""
@@ -132,11 +137,11 @@ class Metrics:
         self, model: str, role: bundle_pb2.Network.Role.ValueType, live_rows: int, padded_rows: int, seconds: float
     ) -> None:
         """Record one network call of `live_rows` rows that was padded up to `padded_rows` rows in all."""
-        graph = bundle_pb2.Network.Role.Name(role).removeprefix("ROLE_").lower()
-        self._batch_rows.labels(model, graph).observe(live_rows)
-        self._padding_rows.labels(model, graph).inc(padded_rows - live_rows)
-        self._batch_time.labels(model, graph).observe(seconds)
-        self._evaluations.labels(model, graph).inc(live_rows)
+        graph = _GRAPHS[role]
+        self._series(self._batch_rows, model, graph).observe(live_rows)
+        self._series(self._padding_rows, model, graph).inc(padded_rows - live_rows)
+        self._series(self._batch_time, model, graph).observe(seconds)
+        self._series(self._evaluations, model, graph).inc(live_rows)
 
     def evaluations_wasted(self, count: int) -> None:
         """Count evaluations whose result nobody will get."""
@@ -148,3 +153,11 @@ class Metrics:
             if value != model_pb2.Model.STATE_UNSPECIFIED:
                 name = model_pb2.Model.State.Name(value).removeprefix("STATE_")
                 self._model_state.labels(model, name).set(value == state)
+
+    def _series(self, metric: Series, *labels: str) -> Series:
+        """One series of a metric. Kept here, because the library's own look-up takes longer than the counting."""
+        key = (id(metric), *labels)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = metric.labels(*labels)
+        return found
