@@ -35,7 +35,7 @@ from latentd_client.errors import (
     Violation,
 )
 from latentd_client.model import Model
-from latentd_client.results import Accepted, Decoded, Encoded, Event, Preview, Samples, Scores, Stats, Step
+from latentd_client.results import Accepted, Decoded, Encoded, Event, LoopStep, Preview, Samples, Scores, Stats, Step
 from latentd_client.retries import Retries
 from latentd_client.sync import Client, DenoiseLoop
 
@@ -59,6 +59,7 @@ __all__ = [
     "Event",
     "FieldsInvalid",
     "LatentdError",
+    "LoopStep",
     "MessageTooLarge",
     "MethodUnsupported",
     "Model",

@@ -27,7 +27,7 @@ from latentd_client.channels import (
     unary_calls,
 )
 from latentd_client.loop import LoopRun, LoopView
-from latentd_client.results import Event, Samples, Step
+from latentd_client.results import Event, LoopStep, Samples
 from latentd_client.resume import SampleRun, assemble
 from latentd_client.retries import Attempts, Retries
 
@@ -206,7 +206,7 @@ class AsyncClient:
                 failure = error
             finally:
                 call.cancel()
-            if failure is not None:
+            if failure is not None and not run.done:  # samples are final: how the stream ended changes nothing
                 await self._pause(attempts, failure, run.progress, deadline)
         attempts.throttle.succeeded()
 
@@ -251,6 +251,8 @@ class AsyncDenoiseLoop(LoopView):
         self._position = 0  # messages of the log that this stream has answered
 
     async def __aenter__(self) -> Self:
+        if self._opened is not None:
+            raise RuntimeError("a loop is opened once; make another")
         run, self._deadline = await self._client._run(self._program)
         self._opened = LoopRun(run.request, run.model)
         await self._catch_up()
@@ -261,11 +263,11 @@ class AsyncDenoiseLoop(LoopView):
     ) -> None:
         await self.close()
 
-    async def __aiter__(self) -> AsyncIterator[Step]:
+    async def __aiter__(self) -> AsyncIterator[LoopStep]:
         while not self.finished:
             yield await self.step()
 
-    async def step(self, *, next_timestep: int | None = None, state: ArrayLike | None = None) -> Step:
+    async def step(self, *, next_timestep: int | None = None, state: ArrayLike | None = None) -> LoopStep:
         """Take one step.
 
         Args:

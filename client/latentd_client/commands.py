@@ -263,7 +263,7 @@ def denoise(
         across = arguments.grid_columns(label, columns, known)
         with loop, session.terminal.progress(f"denoising with {known.name}", len(loop.remaining)) as bar:
             for step in loop:
-                shown = step.array if estimate or step.state is None else step.state
+                shown = step.array if estimate else step.state
                 frames.append(images.grid(images.to_uint8(shown, step.value_range), across, scale))
                 bar.update(bar.task_ids[0], advance=1, description=f"{known.name} at timestep {step.timestep}")
             accepted = loop.accepted

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from latentd_client import errors, messages
 from latentd_client.model import Model
-from latentd_client.results import Accepted, Step
+from latentd_client.results import Accepted, LoopStep
 
 _ID = 1  # the only request on its stream
 
@@ -25,18 +25,16 @@ class LoopRun:
     Args:
         request: what to open the loop with; `seed` and `sample_count` set.
         model: what is asked.
-        states: whether every step asks for x at the timestep stepped to.
     """
 
-    def __init__(self, request: pb.SampleRequest, model: Model, *, states: bool = True) -> None:
+    def __init__(self, request: pb.SampleRequest, model: Model) -> None:
         self.model = model
         self.log = [pb.StreamRequest(id=_ID, open_denoise=request)]
         self.accepted: Accepted | None = None
         self.timestep: int | None = None
         self.remaining: tuple[int, ...] = ()
         self.answered = 0  # messages of the log that have had an answer, on any stream
-        self._states = states
-        self._step: Step | None = None
+        self._step: LoopStep | None = None
 
     @property
     def finished(self) -> bool:
@@ -57,7 +55,7 @@ class LoopRun:
         if self.finished:
             raise RuntimeError("the loop has reached clean data; open another")
         fields = messages.Fields()
-        take = pb.TakeStep(state_requested=self._states)
+        take = pb.TakeStep(state_requested=True)
         if next_timestep is not None:
             take.next_timestep = fields.integer("take_step.next_timestep", next_timestep)
         if state is not None:
@@ -88,10 +86,10 @@ class LoopRun:
         self.timestep = state.timestep
         self.remaining = tuple(state.remaining_timesteps)
         if position > 0:
-            self._step = messages.read_step(state.step, self.model, state.timestep)
+            self._step = messages.read_loop_step(state, self.model)
 
     @property
-    def step(self) -> Step:
+    def step(self) -> LoopStep:
         """The latest step's tensors."""
         if self._step is None:
             raise RuntimeError("no step was taken yet")

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from latentd_client import errors
 from latentd_client.model import Model, enum_name
-from latentd_client.results import Decoded, Encoded, Scores, Stats, Step
+from latentd_client.results import Decoded, Encoded, LoopStep, Scores, Stats, Step
 
 Array = NDArray[Any]
 Label = int | Sequence[int] | NDArray[np.integer[Any]] | None
@@ -141,6 +141,8 @@ class Fields:
         item_shape: tuple[int, ...] | None = None,
     ) -> pb.DiffusionOptions | None:
         """How a diffusion model is to walk; None if nothing is said, as other models want it."""
+        if steps == 0:  # the wire's way to say "the model's default", which here is None
+            self.wrong("diffusion.step_count", "must be at least 1, got 0")
         options = pb.DiffusionOptions(
             sampler=sampler or "",
             step_count=self.integer("diffusion.step_count", steps or 0),
@@ -224,16 +226,28 @@ def read_decoded(response: pb.DecodeResponse, request: pb.DecodeRequest, model: 
     )
 
 
-def read_step(response: pb.DenoiseStepResponse, model: Model, timestep: int | None = None) -> Step:
-    """Result of DenoiseStep, and of one step of a loop."""
+def read_step(response: pb.DenoiseStepResponse, model: Model) -> Step:
+    """Result of DenoiseStep."""
     array = read_array(response.denoised_samples, "denoised_samples")
     return Step(
         array=array,
         value_range=value_range(array, model),
         noise=read_optional(response, "noise_estimates"),
         state=read_optional(response, "next_samples"),
-        timestep=timestep,
         stats=read_stats(response.stats),
+    )
+
+
+def read_loop_step(state: pb.LoopState, model: Model) -> LoopStep:
+    """Result of one step of a loop."""
+    array = read_array(state.step.denoised_samples, "step.denoised_samples")
+    return LoopStep(
+        array=array,
+        value_range=value_range(array, model),
+        noise=read_optional(state.step, "noise_estimates"),
+        state=read_array(state.step.next_samples, "step.next_samples"),
+        timestep=state.timestep,
+        stats=read_stats(state.step.stats),
     )
 
 

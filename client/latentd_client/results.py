@@ -210,14 +210,21 @@ class Step(ImageBatch):
     """One evaluation of a denoiser: `array` is the estimate of x0, `[n, *sample]`."""
 
     noise: Array | None = field(repr=False)  # [n, *sample]; the estimate of eps; a loop may leave it out
-    state: Array | None = field(repr=False)  # [n, *sample]; x at the timestep stepped to, if asked for
-    timestep: int | None  # where the loop now stands, -1 at the end; None outside a loop
+    state: Array | None = field(repr=False)  # [n, *sample]; x at the timestep stepped to; None if no step was taken
     stats: Stats
 
     @property
     def denoised(self) -> Array:
         """Another name of `array`."""
         return self.array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoopStep(Step):
+    """One step of a denoising loop."""
+
+    state: Array = field(repr=False)  # [n, *sample]; x at `timestep`
+    timestep: int  # where the loop now stands, -1 at the end
 
 
 @dataclass(frozen=True, eq=False)

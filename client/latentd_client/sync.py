@@ -28,7 +28,7 @@ from latentd_client.channels import (
     unary_calls,
 )
 from latentd_client.loop import LoopRun, LoopView
-from latentd_client.results import Event, Samples, Step
+from latentd_client.results import Event, LoopStep, Samples
 from latentd_client.resume import SampleRun, assemble
 from latentd_client.retries import Attempts, Retries
 
@@ -211,7 +211,7 @@ class Client:
                 failure = error
             finally:
                 call.cancel()
-            if failure is not None:
+            if failure is not None and not run.done:  # samples are final: how the stream ended changes nothing
                 self._pause(attempts, failure, run.progress, deadline)
         attempts.throttle.succeeded()
 
@@ -247,6 +247,8 @@ class DenoiseLoop(LoopView):
         self._position = 0  # messages of the log that this stream has answered
 
     def __enter__(self) -> Self:
+        if self._opened is not None:
+            raise RuntimeError("a loop is opened once; make another")
         run, self._deadline = self._client._run(self._program)
         self._opened = LoopRun(run.request, run.model)
         self._catch_up()
@@ -257,11 +259,11 @@ class DenoiseLoop(LoopView):
     ) -> None:
         self.close()
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[LoopStep]:
         while not self.finished:
             yield self.step()
 
-    def step(self, *, next_timestep: int | None = None, state: ArrayLike | None = None) -> Step:
+    def step(self, *, next_timestep: int | None = None, state: ArrayLike | None = None) -> LoopStep:
         """Take one step.
 
         Args:

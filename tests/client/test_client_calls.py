@@ -324,6 +324,17 @@ def test_a_loop_must_be_opened(client: Any) -> None:
     """A loop outside a `with` block says so."""
     with pytest.raises(RuntimeError, match="open the loop first"):
         client.denoise_loop("toy-diffusion").step()
+    loop = client.denoise_loop("toy-diffusion")
+    with loop:
+        pass
+    with pytest.raises(RuntimeError, match="opened once"), loop:
+        pass
+
+
+def test_no_steps_is_not_the_default(client: Any) -> None:
+    """0 steps is refused, not taken for the wire's word for the model's default."""
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        client.sample("toy-diffusion", steps=0)
 
 
 def test_the_two_clients_have_the_same_methods() -> None:

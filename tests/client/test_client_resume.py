@@ -87,6 +87,13 @@ def test_what_is_refused_for_good_is_not_asked_again(client: Any, server: FakeSe
     assert len(server.requests("Sample")) == 1
 
 
+def test_samples_are_not_lost_to_how_their_stream_ends(client: Any, server: FakeServer) -> None:
+    """Once every sample has arrived, even a failure that cannot be repeated does not take them back."""
+    server.fail("Sample", Fault(after=1 + 3, code=grpc.StatusCode.INTERNAL, details=[info(Reason.RUNTIME_FAILURE)]))
+    assert len(client.sample("toy", 3)) == 3
+    assert len(server.requests("Sample")) == 1
+
+
 def test_a_proxys_reset_is_mended(client: Any, server: FakeServer) -> None:
     """INTERNAL without latentd's own details is how proxies end the streams of a server that went away."""
     server.fail("Sample", Fault(after=2, code=grpc.StatusCode.INTERNAL, message="Received RST_STREAM"))

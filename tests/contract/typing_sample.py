@@ -12,6 +12,7 @@ from latentd_client import (
     Encoded,
     FieldsInvalid,
     LatentdError,
+    LoopStep,
     Model,
     Overloaded,
     Preview,
@@ -51,7 +52,7 @@ def blocking() -> None:
 
         with client.denoise_loop("digits-diffusion", 2, steps=10) as loop:
             for step in loop:
-                assert_type(step, Step)
+                assert_type(step, LoopStep)
                 loop.override(next_timestep=3, state=step.denoised)
 
 
@@ -68,7 +69,7 @@ async def concurrent() -> None:
         assert_type(await client.models(), list[Model])
         async with client.denoise_loop("digits-diffusion") as loop:
             async for step in loop:
-                assert_type(step, Step)
+                assert_type(step, LoopStep)
 
 
 def failing(client: Client) -> tuple[Violation, ...]:
