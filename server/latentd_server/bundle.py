@@ -14,7 +14,7 @@ from latentd.digest import bundle_digest
 from latentd.names import BUNDLE_FILE, BUNDLE_FORMAT_VERSION, ModelReference, is_name
 from latentd.v1 import bundle_pb2, model_pb2
 
-from latentd_server import gate
+from latentd_server import gate, wiring
 from latentd_server.schedules import Schedule
 
 _NEEDED_ROLES = {
@@ -58,7 +58,7 @@ def read(directory: Path) -> StoredBundle:
         BundleError: it is incomplete, damaged, newer than this server, or not what a bundle must be.
     """
     bundle = _read_message(directory / BUNDLE_FILE)
-    problems = _model_problems(bundle, f"{directory.parent.name}@{directory.name}")
+    problems = _model_problems(bundle, f"{directory.parent.name}@{directory.name}") + wiring.problems(bundle)
     graphs: dict[int, bytes] = {}
     for network in bundle.networks:
         role = bundle_pb2.Network.Role.Name(network.role) if network.role else "no role"

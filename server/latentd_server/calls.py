@@ -12,21 +12,15 @@ from latentd_server.fields import MAX_INT32, Fields, has_label
 from latentd_server.job import Array, CallJob, Noise
 from latentd_server.noise import Purpose
 from latentd_server.plans import Decoding, Encoding, Limits, OutputForm, SampleHead, Sampling, Scoring
-from latentd_server.wiring import Graph, Meaning, Source, Wiring
+from latentd_server.wiring import LATENTS, SCORES, Graph, Meaning, Source, Wiring
 
 Role = bundle_pb2.Network
-ScoreType = generation_service_pb2.ScoreResponse
 
 DEFAULT_DRAW_COUNT = 16
 MAX_SCORE_ROWS = 65_536
 MAX_SCORE_BYTES = 256 * 2**20
 MAX_TEMPERATURE = 1000.0
 
-_SCORES = {
-    Meaning.MEANING_LOG_LIKELIHOOD: ScoreType.TYPE_LOG_LIKELIHOOD,
-    Meaning.MEANING_EVIDENCE_LOWER_BOUND: ScoreType.TYPE_EVIDENCE_LOWER_BOUND,
-    Meaning.MEANING_REAL_PROBABILITY: ScoreType.TYPE_REAL_PROBABILITY,
-}
 _WHY_NOT = "this is no diffusion model"
 
 Feeds = Mapping["bundle_pb2.NetworkInput.Source.ValueType", "Array | Noise | None"]
@@ -87,7 +81,7 @@ def encode(
         fields.reject("seed", "must be unset: this encoder is a function, with no posterior to draw from")
     fields.check()
     assert samples is not None
-    latents = next(outputs[meaning] for meaning in _LATENTS if meaning in outputs)
+    latents = next(outputs[meaning] for meaning in LATENTS if meaning in outputs)
     values: Feeds = {
         Source.SOURCE_SAMPLE: samples,
         Source.SOURCE_CLASS_LABEL: labels,
@@ -97,13 +91,6 @@ def encode(
     names = [latents, *([log_variance] if log_variance else [])]
     job = _job(model, graph, values, Purpose.POSTERIOR, seed or 0, indices, names)
     return Encoding(job, latents, log_variance, bernoulli, categorical, seed)
-
-
-_LATENTS = (
-    Meaning.MEANING_LATENT_MEAN,
-    Meaning.MEANING_LATENT_PROBABILITY,
-    Meaning.MEANING_CLASS_PROBABILITY,
-)
 
 
 def decode(
@@ -145,7 +132,7 @@ def score(
     Without a label a likelihood or a bound is that of p(x) = sum over labels of p(label) p(x | label).
     """
     graph = model.graphs[Role.ROLE_SCORER]
-    meaning = next(meaning for meaning in _SCORES if meaning in graph.outputs)
+    meaning = next(meaning for meaning in SCORES if meaning in graph.outputs)
     count = None if samples is None else len(samples)
     labels = fields.labels(request.condition, count, model, graph)
     codes = fields.codes(request.condition, count, graph)
@@ -173,7 +160,7 @@ def score(
     return Scoring(
         job=_job(model, graph, values, Purpose.SCORE, request.seed, indices, [name], draws),
         value=name,
-        type=_SCORES[meaning],
+        type=SCORES[meaning],
         row_count=len(samples),
         draw_count=draw_count,
         log_prior=model.log_prior[classes] if summed else np.zeros(1),

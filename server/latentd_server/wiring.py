@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from latentd.v1 import bundle_pb2, model_pb2, tensor_pb2
+from latentd.names import SAMPLERS
+from latentd.v1 import bundle_pb2, generation_service_pb2, model_pb2, tensor_pb2
 from numpy.typing import NDArray
 
 from latentd_server.failures import MethodUnsupportedError
@@ -30,8 +31,25 @@ METHODS = {
 }
 """The data-plane methods, as callers name them."""
 
+LATENTS = (Meaning.MEANING_LATENT_MEAN, Meaning.MEANING_LATENT_PROBABILITY, Meaning.MEANING_CLASS_PROBABILITY)
+"""Meanings of an encoder's answer, the first that it has being the one that counts."""
+
+SCORES = {
+    Meaning.MEANING_LOG_LIKELIHOOD: generation_service_pb2.ScoreResponse.TYPE_LOG_LIKELIHOOD,
+    Meaning.MEANING_EVIDENCE_LOWER_BOUND: generation_service_pb2.ScoreResponse.TYPE_EVIDENCE_LOWER_BOUND,
+    Meaning.MEANING_REAL_PROBABILITY: generation_service_pb2.ScoreResponse.TYPE_REAL_PROBABILITY,
+}
+"""Meanings of a scorer's answer, and what they are called on the wire."""
+
 _DEFAULT_STEP_COUNT = 50
 _NOISE_SOURCES = (Source.SOURCE_NORMAL_NOISE, Source.SOURCE_UNIFORM_NOISE)
+_CONDITIONS = (Source.SOURCE_CLASS_LABEL, Source.SOURCE_CODES)
+_FED = {
+    bundle_pb2.Network.ROLE_DECODER: (Source.SOURCE_LATENT, *_CONDITIONS, *_NOISE_SOURCES),
+    bundle_pb2.Network.ROLE_ENCODER: (Source.SOURCE_SAMPLE, *_CONDITIONS, *_NOISE_SOURCES),
+    bundle_pb2.Network.ROLE_SCORER: (Source.SOURCE_SAMPLE, *_CONDITIONS, *_NOISE_SOURCES),
+    bundle_pb2.Network.ROLE_DENOISER: (Source.SOURCE_SAMPLE, Source.SOURCE_TIMESTEP, Source.SOURCE_CLASS_LABEL),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,3 +156,59 @@ def _range(spec: model_pb2.TensorSpec) -> Range:
 def _graph(network: bundle_pb2.Network) -> Graph:
     inputs = tuple(Input(entry.name, entry.source, tuple(entry.spec.shape)) for entry in network.inputs)
     return Graph(network.role, inputs, {entry.meaning: entry.name for entry in network.outputs})
+
+
+_METHOD_GRAPHS = {
+    Model.METHOD_SAMPLE: bundle_pb2.Network.ROLE_DECODER,
+    Model.METHOD_DECODE: bundle_pb2.Network.ROLE_DECODER,
+    Model.METHOD_ENCODE: bundle_pb2.Network.ROLE_ENCODER,
+    Model.METHOD_SCORE: bundle_pb2.Network.ROLE_SCORER,
+}
+_ANSWERS = {
+    bundle_pb2.Network.ROLE_DECODER: (Meaning.MEANING_SAMPLE,),
+    bundle_pb2.Network.ROLE_ENCODER: LATENTS,
+    bundle_pb2.Network.ROLE_SCORER: tuple(SCORES),
+    bundle_pb2.Network.ROLE_DENOISER: (Meaning.MEANING_PREDICTION,),
+}
+
+
+def problems(bundle: bundle_pb2.Bundle) -> list[str]:
+    """Why requests to a model could not be wired to its graphs; empty if they can."""
+    found = []
+    model = bundle.model
+    roles = {network.role for network in bundle.networks}
+    diffusion = model.HasField("diffusion")
+    for method, role in _METHOD_GRAPHS.items():
+        if method in model.methods and (method == Model.METHOD_SCORE or not diffusion) and role not in roles:
+            name = bundle_pb2.Network.Role.Name(role)
+            found.append(f"model.methods: {METHODS[method]} needs a graph with {name}")
+    for network in bundle.networks:
+        found += [f"{network.file}: {text}" for text in _graph_problems(network)]
+    if diffusion:
+        spec = model.diffusion
+        unknown = [name for name in spec.samplers if name not in SAMPLERS]
+        if unknown or not spec.samplers:
+            found.append(f"model.diffusion.samplers must name some of {', '.join(SAMPLERS)}; got {list(spec.samplers)}")
+        if not 0 <= spec.default_step_count <= len(spec.alphas):
+            found.append(f"model.diffusion.default_step_count must be from 0 to {len(spec.alphas)}")
+    return found
+
+
+def _graph_problems(network: bundle_pb2.Network) -> list[str]:
+    found = []
+    answers = _ANSWERS.get(network.role, ())
+    meanings = [output.meaning for output in network.outputs]
+    if not any(meaning in answers for meaning in meanings):
+        found.append(f"needs an output meaning {' or '.join(Meaning.Meaning.Name(meaning) for meaning in answers)}")
+    sources = [entry.source for entry in network.inputs]
+    if network.role == bundle_pb2.Network.ROLE_DENOISER:
+        wanted = (Source.SOURCE_SAMPLE, Source.SOURCE_TIMESTEP)
+        found += [f"needs an input from {Source.Source.Name(source)}" for source in wanted if source not in sources]
+    for source in sorted(set(sources)):
+        if source not in _FED.get(network.role, ()):
+            name = Source.Source.Name(source) if source in Source.Source.values() else str(source)
+            found.append(f"takes an input from {name}, which this server does not feed to such a graph")
+    if sum(source in _NOISE_SOURCES for source in sources) > 1:
+        # They would be drawn from the same counters, and so be dependent.
+        found.append("takes more than one input of fresh noise; join them into one")
+    return found
