@@ -27,11 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS, RUNS, OUT = ROOT / "models", ROOT / "runs", ROOT / "out"
 FAMILIES = ("diffusion", "gan", "vae")  # the longest first, since two run at a time
 SHOWN = {  # metrics of the card worth a column, as `latentd-train evaluate` names them
-    "frechet_ratio": "Frechet ratio",
+    "frechet-ratio": "Frechet ratio",
     "precision": "precision",
     "recall": "recall",
     "coverage": "coverage",
-    "label_agreement": "agreement",
+    "label-agreement": "agreement",
 }
 console = Console(highlight=False, soft_wrap=True)
 
@@ -147,8 +147,9 @@ def show_models(client: Client) -> None:
     """A table of what is served and how good it is."""
     table = Table("model", "methods", *SHOWN.values())
     for model in client.models():
-        metrics = model.metrics
-        cells = [f"{metrics[key]:.3f}" if key in metrics else "-" for key in SHOWN]
+        # Names end in how the samples were drawn; the last of them is of most steps, or of the mean.
+        last = {key: max((name for name in model.metrics if name.startswith(key)), default="") for key in SHOWN}
+        cells = [f"{model.metrics[name]:.3f}" if name else "-" for name in last.values()]
         table.add_row(model.name, " ".join(sorted(model.methods)), *cells)
     console.print(table)
 

@@ -60,7 +60,7 @@ def test_a_version_is_never_overwritten_unasked(tmp_path: Path) -> None:
     directory = tmp_path / "m" / "1"
     bundles.write(directory, make(), FILES)
     before = contents(tmp_path)
-    with pytest.raises(BundleError, match="exists; give another version, or --force to replace it"):
+    with pytest.raises(BundleError, match="exists; give another version, or --replace to put this one in its place"):
         bundles.write(directory, make("second"), FILES)
     assert contents(tmp_path) == before
 
@@ -77,7 +77,7 @@ def test_replacing_leaves_nothing_of_the_old_version(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("disk_full_at_third_file")
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     """If the last file cannot be written, neither the version, nor the model's folder, nor a temporary one is left."""
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(BundleError, match=r"cannot be written \(No space left"):
         bundles.write(tmp_path / "models" / "m" / "1", make(), FILES)
     assert list(tmp_path.iterdir()) == []
 
@@ -88,7 +88,7 @@ def test_a_full_disk_leaves_the_old_version_intact(tmp_path: Path, request: pyte
     bundles.write(directory, make(), FILES)
     before = contents(tmp_path)
     request.getfixturevalue("disk_full_at_third_file")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(BundleError, match=r"cannot be written \(No space left"):
         bundles.write(directory, make("second"), FILES, replace=True)
     assert contents(tmp_path) == before
 
@@ -107,7 +107,7 @@ def test_a_failed_swap_puts_the_old_version_back(tmp_path: Path, monkeypatch: py
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(BundleError, match=r"cannot be written \(Input/output error"):
         bundles.write(directory, make("second"), FILES, replace=True)
     assert contents(tmp_path) == before
 
@@ -121,7 +121,7 @@ def test_a_bundle_under_way_is_invisible(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(Path, "rename", look)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(BundleError, match=r"cannot be written \(Input/output error"):
         bundles.write(tmp_path / "m" / "1", make(), FILES)
     assert [name.startswith(".1.") for name in seen] == [True]
 

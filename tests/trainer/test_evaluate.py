@@ -246,3 +246,14 @@ def test_labels_are_allotted_in_the_shares_of_the_data() -> None:
     counts = np.bincount(evaluate.allotted_labels(digits, dataset, 1440))
     assert counts.sum() == 1440
     assert np.abs(counts - 1440 * np.array(dataset.info.class_probabilities)).max() < 1
+
+
+def test_a_damaged_graph_is_an_error_that_names_it(bundle_of: Callable, measure: Callable) -> None:
+    """A graph that ONNX Runtime refuses, or that is missing, is named, and `verify` recommended."""
+    directory = bundle_of("gan")
+    (directory / "scorer.onnx").write_bytes(b"\xff")
+    with pytest.raises(EvaluationError, match=r"scorer\.onnx: ONNX Runtime refuses .* `latentd-train verify` says"):
+        measure(directory)
+    (directory / "scorer.onnx").unlink()
+    with pytest.raises(EvaluationError, match=r"scorer\.onnx: .*No such file"):
+        measure(directory)

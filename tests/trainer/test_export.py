@@ -216,8 +216,11 @@ def test_one_pixel_in_a_thousand_of_a_draw_may_round_to_another_level() -> None:
 
 
 def test_nan_never_counts_as_parity() -> None:
-    """Where only one side is finite, the deviation is infinite."""
-    assert parity.deviation(Meaning.MEANING_SAMPLE, np.array([np.nan]), np.array([0.0])) == float("inf")
+    """Where either side is not finite, or both, the deviation is infinite and beyond every tolerance."""
+    nan, zero = np.array([np.nan]), np.array([0.0])
+    for actual, expected in ((nan, zero), (zero, nan), (nan, nan)):
+        assert parity.deviation(Meaning.MEANING_SAMPLE, actual, expected) == float("inf")
+    assert len(parity.excesses({"sample": float("nan")}, float("inf"))) == 2
 
 
 def test_random_rows_stay_in_the_range_of_their_source(tiny_models: Path) -> None:

@@ -315,3 +315,17 @@ def test_an_unknown_method_is_named(bundle_of: Callable[[str], Path]) -> None:
     directory = bundle_of("gan")
     edit(directory, lambda bundle: bundle.model.methods.append(model_pb2.Model.METHOD_ENCODE))
     assert failures(directory) == ["bundle.json: model.methods: METHOD_ENCODE needs a graph: denoiser or encoder"]
+
+
+def split_in_two(model: onnx.ModelProto) -> None:
+    """Let the graph run at even batch sizes only."""
+    model.graph.node.append(onnx.helper.make_node("Split", ["y"], ["first", "second"], num_outputs=2))
+    model.graph.node.append(onnx.helper.make_node("Add", ["first", "second"], ["sums"]))
+
+
+def test_a_graph_that_cannot_run_is_named(bundle_of: Callable[[str], Path]) -> None:
+    """A graph that looks right but fails on some batch is named with the inputs it failed on."""
+    directory = bundle_of("gan")
+    edit_graph(directory, 1, split_in_two)
+    (failure,) = failures(directory)
+    assert failure.startswith("scorer.onnx: does not run with inputs x float32[1, 1, 4, 4], y int64[1]: ")

@@ -75,7 +75,7 @@ def require_free(directory: Path, replace: bool) -> None:
         BundleError: `directory` exists and may not be replaced.
     """
     if directory.exists() and not replace:
-        raise BundleError(f"{directory} exists; give another version, or --force to replace it")
+        raise BundleError(f"{directory} exists; give another version, or --replace to put this one in its place")
 
 
 def write(directory: Path, bundle: bundle_pb2.Bundle, files: Mapping[str, bytes], *, replace: bool = False) -> None:
@@ -85,17 +85,24 @@ def write(directory: Path, bundle: bundle_pb2.Bundle, files: Mapping[str, bytes]
     is moved back.
 
     Raises:
-        BundleError: the version exists already and `replace` is not set.
-        OSError: the disk refused; nothing is left behind and what stood before stands.
+        BundleError: the version exists already and `replace` is not set, or the disk refused; then nothing is left
+            behind and what stood before stands.
     """
     require_free(directory, replace)
+    try:
+        _write_whole_directory(directory, {**files, names.BUNDLE_FILE: to_json(bundle)})
+    except OSError as error:
+        raise BundleError(f"{directory}: cannot be written ({error.strerror}); nothing was changed") from error
+
+
+def _write_whole_directory(directory: Path, files: Mapping[str, bytes]) -> None:
     new_parents = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     # A server lists versions by number, so names that start with a dot are invisible to it.
     aside = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
     try:
         aside.mkdir()
-        for name, data in {**files, names.BUNDLE_FILE: to_json(bundle)}.items():
+        for name, data in files.items():
             _write_file(aside / name, data)
         _sync_directory(aside)
         _move_into_place(aside, directory)

@@ -19,9 +19,11 @@ from rich.console import Console
 from latentd_trainer import bundle as bundles
 from latentd_trainer import chains, classifier, metrics, parity, report
 from latentd_trainer.bars import BARS, DATASET
+from latentd_trainer.checkpoint import CheckpointError
 from latentd_trainer.classifier import Reading, Yardstick
 from latentd_trainer.contract import role_name
 from latentd_trainer.data import Dataset, Split, load, scale
+from latentd_trainer.onnx_graph import GraphError
 from latentd_trainer.spec import Meaning, Role, Source
 
 SAMPLE_COUNT = 1440
@@ -79,10 +81,12 @@ class Graphs:
     def __init__(self, directory: Path, bundle: bundle_pb2.Bundle, threads: int) -> None:
         self.bundle = bundle
         self.networks: dict[int, bundle_pb2.Network] = {network.role: network for network in bundle.networks}
-        self._sessions: dict[int, ort.InferenceSession] = {
-            role: parity.open_session((directory / network.file).read_bytes(), threads)
-            for role, network in self.networks.items()
-        }
+        self._sessions: dict[int, ort.InferenceSession] = {}
+        for role, network in self.networks.items():
+            try:
+                self._sessions[role] = parity.open_session((directory / network.file).read_bytes(), threads)
+            except (OSError, GraphError) as error:
+                raise EvaluationError(f"{network.file}: {error}; `latentd-train verify` says more") from error
 
     def run(self, role: int, given: Given, generator: np.random.Generator) -> dict[int, Floats]:
         """Outputs by meaning; inputs by source, noise being drawn here. All arrays [n, ...].
@@ -94,7 +98,7 @@ class Graphs:
         count = len(next(iter(given.values())))
         feeds = {entry.name: _values(entry, role, given, count, generator) for entry in network.inputs}
         parts = [
-            self._sessions[role].run(None, {name: rows[start : start + _BATCH] for name, rows in feeds.items()})
+            parity.run_onnx(self._sessions[role], {name: rows[start : start + _BATCH] for name, rows in feeds.items()})
             for start in range(0, count, _BATCH)
         ]
         outputs = [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
@@ -155,7 +159,7 @@ def run(
     Raises:
         BundleError: the bundle cannot be read.
         DataError: the data cannot be read.
-        EvaluationError: the bundle cannot be evaluated, or not on these data.
+        EvaluationError: the bundle cannot be evaluated, or not on these data, or the outcome cannot be written.
     """
     console = console or Console()
     bundle = bundles.read(directory)
@@ -192,9 +196,12 @@ def run(
     card = model.card
     card.metrics.clear()
     card.metrics.update(results)
-    bundles.replace_card(directory, card)
     limits = BARS.get(model.family, []) if dataset.info.name == DATASET else []
-    written = report.write(out or directory, model, dataset, drawn, asked, real_row(real, seed), limits)
+    try:
+        bundles.replace_card(directory, card)
+        written = report.write(out or directory, model, dataset, drawn, asked, real_row(real, seed), limits)
+    except (CheckpointError, OSError) as error:
+        raise EvaluationError(str(error)) from error
     report.show(console, model, limits)
     console.print(f"report: {written}", markup=False, highlight=False, soft_wrap=True)
     missed = [why for bar in limits if (why := bar.missed(results))] if bars else []

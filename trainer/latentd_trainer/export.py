@@ -86,8 +86,8 @@ def write_bundle(
     Raises:
         GraphError: a network cannot be exported, breaks the contract, or differs from torch by more than
             `parity.ROW_TOLERANCE`; the message names the graph, the input and what was expected.
-        BundleError: the spec cannot be served as it is, or the version exists and `replace` is not set.
-        OSError: the disk refused; what stood before stands.
+        BundleError: the spec cannot be served as it is, the version exists and `replace` is not set, or the disk
+            refused; what stood before stands.
     """
     if not names.is_name(name):
         raise BundleError(f"{name!r} is no model name; it must match {names.NAME_PATTERN}, as digits-vae does")
@@ -220,27 +220,29 @@ def _export_graph(graph: Graph, network: bundle_pb2.Network, model: model_pb2.Mo
     role = role_name(graph.role)
     example = parity.random_rows(network, onnx_graph.EXAMPLE_BATCH)
     graph.module.cpu()
-    exported = onnx_graph.to_onnx(graph, list(example.values()))
-    if violations := onnx_graph.graph_violations(exported, network):
-        raise GraphError(f"{role}: the exported graph cannot be served: " + "; ".join(violations))
-    data = onnx_graph.serialize(exported)
-    session = parity.open_session(data)
-
-    proof: dict[str, Any] = {"deviation": parity.worst_deviation(graph.module, session, network)}
-    for output, worst in proof["deviation"].items():
-        if not worst <= parity.ROW_TOLERANCE:
-            raise GraphError(
-                f"{role}: output {output!r} differs from torch by {worst:.2g} at some batch size of "
-                f"{', '.join(map(str, parity.BATCH_SIZES))}; at most {parity.ROW_TOLERANCE:g} is allowed"
-            )
-    if graph.role == Role.ROLE_DENOISER:
-        proof["chain_deviation"] = parity.chain_deviation(graph.module, session, network, model)
-        if not proof["chain_deviation"] <= parity.CHAIN_TOLERANCE:
-            raise GraphError(
-                f"{role}: samples after {parity.CHAIN_STEPS} steps differ from torch by "
-                f"{proof['chain_deviation']:.2g}; at most {parity.CHAIN_TOLERANCE:g} is allowed"
-            )
-    proof["row_invariant"] = parity.row_invariant(session, network)
+    try:
+        exported = onnx_graph.to_onnx(graph, example)
+        if violations := onnx_graph.graph_violations(exported, network):
+            raise GraphError("the exported graph cannot be served: " + "; ".join(violations))
+        data = onnx_graph.serialize(exported)
+        proof = _prove(graph, network, model, data)
+    except GraphError as error:
+        raise GraphError(f"{role}: {error}") from error
     if not proof["row_invariant"]:
         _log.warning("%s: a row's bytes depend on the batch it rides in; equal seeds will not give equal bytes", role)
     return data, proof
+
+
+def _prove(graph: Graph, network: bundle_pb2.Network, model: model_pb2.Model, data: bytes) -> dict[str, Any]:
+    """How far the exported graph is from torch.
+
+    Raises:
+        GraphError: further than is allowed.
+    """
+    session = parity.open_session(data)
+    proof: dict[str, Any] = {"deviation": parity.worst_deviation(graph.module, session, network)}
+    if graph.role == Role.ROLE_DENOISER:
+        proof["chain_deviation"] = parity.chain_deviation(graph.module, session, network, model)
+    if excesses := parity.excesses(**proof):
+        raise GraphError("; ".join(excesses))
+    return {**proof, "row_invariant": parity.row_invariant(session, network)}

@@ -3,10 +3,9 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from latentd import __version__
@@ -14,7 +13,6 @@ from latentd.tensor import DTYPES
 from latentd.v1 import bundle_pb2, model_pb2
 from numpy.typing import NDArray
 
-from latentd_trainer.contract import role_name
 from latentd_trainer.spec import Graph
 
 OPSET = 20
@@ -33,29 +31,33 @@ _RANDOM_OPERATORS = frozenset(
 
 
 class GraphError(Exception):
-    """A network that cannot be exported or served; names the graph, what is wrong and what was expected."""
+    """A network that cannot be exported or served; says what is wrong and what was expected."""
 
 
-def to_onnx(graph: Graph, example: Sequence[NDArray[Any]], opset: int = OPSET) -> onnx.ModelProto:
+def describe(feeds: Mapping[str, NDArray[Any]]) -> str:
+    """Names, types and shapes of inputs, for messages."""
+    return ", ".join(f"{name} {rows.dtype}{list(rows.shape)}" for name, rows in feeds.items())
+
+
+def to_onnx(graph: Graph, example: Mapping[str, NDArray[Any]], opset: int = OPSET) -> onnx.ModelProto:
     """Export one network with a symbolic batch axis, free of paths and of everything that varies between exports.
 
     Args:
         graph: The network; its module is on the CPU and in evaluation mode.
-        example: One array for each input, [EXAMPLE_BATCH, *shape].
+        example: One array for each input by name, [EXAMPLE_BATCH, *shape].
         opset: Version of the default operator set.
 
     Raises:
         GraphError: the module is in training mode, or the exporter cannot express it.
     """
-    role = role_name(graph.role)
     training = [name or "the module itself" for name, module in graph.module.named_modules() if module.training]
     if training:
-        raise GraphError(f"{role}: must be in evaluation mode, but {', '.join(training[:3])} is in training mode")
+        raise GraphError(f"must be in evaluation mode, but {', '.join(training[:3])} is in training mode")
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 graph.module,
-                tuple(torch.from_numpy(array) for array in example),
+                tuple(torch.from_numpy(array) for array in example.values()),
                 dynamo=True,
                 input_names=[entry.name for entry in graph.inputs],
                 output_names=[result.name for result in graph.outputs],
@@ -65,7 +67,7 @@ def to_onnx(graph: Graph, example: Sequence[NDArray[Any]], opset: int = OPSET) -
                 verbose=False,
             )
     except Exception as error:  # the exporter wraps whatever went wrong inside the module
-        raise GraphError(f"{role}: cannot be exported with inputs {_shapes(graph, example)}: {error}") from error
+        raise GraphError(f"cannot be exported with inputs {describe(example)}: {error}") from error
     assert program is not None  # it is None only for exports straight to a file
     model = program.model_proto
     _strip(model)
@@ -128,13 +130,6 @@ def _interface_violations(
         if axes != [BATCH, *spec.shape]:
             found.append(f"{kind} {name!r}: must be of shape {[BATCH, *spec.shape]}, is {axes}")
     return found
-
-
-def _shapes(graph: Graph, example: Sequence[NDArray[Any]]) -> str:
-    return ", ".join(
-        f"{entry.name} {np.dtype(array.dtype).name}{list(array.shape)}"
-        for entry, array in zip(graph.inputs, example, strict=True)
-    )
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from latentd_trainer import chains
+from latentd_trainer.onnx_graph import GraphError, describe
 from latentd_trainer.spec import Meaning, Source
 
 BATCH_SIZES = (1, 2, 3, 7, 16, 64)
@@ -30,12 +31,19 @@ Run = Callable[[Feeds], list[NDArray[Any]]]
 
 
 def open_session(graph: bytes, threads: int = 1) -> ort.InferenceSession:
-    """A session on the CPU provider with default optimisation, as the server opens it."""
+    """A session on the CPU provider with default optimisation, as the server opens it.
+
+    Raises:
+        GraphError: ONNX Runtime refuses the graph.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no base of their own
+        raise GraphError(f"ONNX Runtime refuses the graph: {error}") from error
 
 
 def random_rows(network: bundle_pb2.Network, count: int, seed: int = 0) -> Feeds:
@@ -58,6 +66,19 @@ def _random(entry: bundle_pb2.NetworkInput, count: int, generator: np.random.Gen
     return below
 
 
+def run_onnx(session: ort.InferenceSession, feeds: Feeds) -> list[NDArray[Any]]:
+    """The graph's outputs in order, each [n, *shape].
+
+    Raises:
+        GraphError: it does not run on these inputs; the message shows them.
+    """
+    try:
+        outputs: list[NDArray[Any]] = session.run(None, feeds)
+    except Exception as error:  # its errors have no base of their own
+        raise GraphError(f"does not run with inputs {describe(feeds)}: {error}") from error
+    return outputs
+
+
 def run_torch(module: nn.Module, feeds: Feeds) -> list[NDArray[Any]]:
     """The module's outputs in order, each [n, *shape]."""
     with torch.no_grad():
@@ -73,10 +94,26 @@ def worst_deviation(
     for size in sizes:
         feeds = random_rows(network, size, seed=size)
         expected = run_torch(module, feeds)
-        actual = session.run(None, feeds)
+        actual = run_onnx(session, feeds)
         for output, ours, theirs in zip(network.outputs, actual, expected, strict=True):
             worst[output.name] = max(worst[output.name], deviation(output.meaning, ours, theirs))
     return worst
+
+
+def excesses(deviation: Mapping[str, float], chain_deviation: float = 0.0) -> list[str]:
+    """Every deviation that is not within its tolerance, in words; NaN is within none."""
+    found = [
+        f"output {output!r} differs from torch by {worst:.2g} at some batch size of "
+        f"{', '.join(map(str, BATCH_SIZES))}; at most {ROW_TOLERANCE:g} is allowed"
+        for output, worst in deviation.items()
+        if not worst <= ROW_TOLERANCE
+    ]
+    if not chain_deviation <= CHAIN_TOLERANCE:
+        found.append(
+            f"samples after {CHAIN_STEPS} steps differ from torch by {chain_deviation:.2g}; "
+            f"at most {CHAIN_TOLERANCE:g} is allowed"
+        )
+    return found
 
 
 def deviation(meaning: int, actual: NDArray[Any], expected: NDArray[Any]) -> float:
@@ -88,9 +125,9 @@ def deviation(meaning: int, actual: NDArray[Any], expected: NDArray[Any]) -> flo
     - draws may be rounded to levels, where the last bit decides between two: there, elements that differ by more
       than the tolerance are left out as long as they are at most one in a thousand.
 
-    Returns infinity for other shapes and where only one of the two is finite.
+    Returns infinity for other shapes, and where either is not finite.
     """
-    if actual.shape != expected.shape or not np.array_equal(np.isfinite(actual), np.isfinite(expected)):
+    if actual.shape != expected.shape or not (np.isfinite(actual).all() and np.isfinite(expected).all()):
         return float("inf")
     difference = np.abs(actual.astype(np.float64) - expected)
     if meaning in (Meaning.MEANING_LOG_LIKELIHOOD, Meaning.MEANING_EVIDENCE_LOWER_BOUND):
@@ -103,14 +140,14 @@ def deviation(meaning: int, actual: NDArray[Any], expected: NDArray[Any]) -> flo
 def row_invariant(session: ort.InferenceSession, network: bundle_pb2.Network, count: int = 64) -> bool:
     """Whether each row's bytes are the same at every batch size of `BATCH_SIZES`, place in the batch and neighbour."""
     feeds = random_rows(network, count)
-    together = session.run(None, feeds)
+    together = run_onnx(session, feeds)
     order = np.random.default_rng(1).permutation(count)
-    shuffled = session.run(None, {name: rows[order] for name, rows in feeds.items()})
+    shuffled = run_onnx(session, {name: rows[order] for name, rows in feeds.items()})
     if not all(_same_bytes(rows[order], other) for rows, other in zip(together, shuffled, strict=True)):
         return False
     for size in BATCH_SIZES:
         parts = [
-            session.run(None, {name: rows[start : start + size] for name, rows in feeds.items()})
+            run_onnx(session, {name: rows[start : start + size] for name, rows in feeds.items()})
             for start in range(0, count, size)
         ]
         for rows, pieces in zip(together, zip(*parts, strict=True), strict=True):
@@ -130,7 +167,7 @@ def chain_deviation(
     feeds = random_rows(network, 16)
     clean = model.sample_spec
     start = np.random.default_rng(2).standard_normal((16, *clean.shape), np.float32)
-    runs: tuple[Run, Run] = (lambda rows: session.run(None, rows), lambda rows: run_torch(module, rows))
+    runs: tuple[Run, Run] = (lambda rows: run_onnx(session, rows), lambda rows: run_torch(module, rows))
     ours, theirs = (
         chains.walk(
             as_denoise(network, feeds, run),
