@@ -284,6 +284,9 @@ class AsyncDenoiseLoop(LoopView):
 
     async def close(self) -> None:
         """Give the loop up; its samples leave the server's batch at the next step."""
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         if self._call is not None:
             self._call.cancel()
             self._call = None
@@ -297,7 +300,9 @@ class AsyncDenoiseLoop(LoopView):
                 return
             except errors.LatentdError as error:
                 failure = error
-            await self.close()
+            finally:
+                if self._position < len(self._run.log):  # broken, or interrupted between a message and its answer
+                    self._hang_up()
             await self._client._pause(self._attempts, failure, self._run.answered, self._deadline)
 
     async def _exchange(self) -> None:

@@ -294,7 +294,9 @@ class DenoiseLoop(LoopView):
                 return
             except errors.LatentdError as error:
                 failure = error
-            self.close()
+            finally:
+                if self._position < len(self._run.log):  # broken, or interrupted between a message and its answer
+                    self.close()
             self._client._pause(self._attempts, failure, self._run.answered, self._deadline)
 
     def _exchange(self) -> None:

@@ -1,18 +1,19 @@
 """Broken streams are mended: every sample once, with the bytes of an unbroken one."""
 
+import asyncio
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from fake_server import SHAPE, FakeServer, Fault, info, retry_after, toy_sample
+from fake_server import SHAPE, FakeServer, Fault, info, retry_after, toy_sample, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from latentd import tensor
 from latentd.reasons import Reason
 from latentd.v1 import generation_service_pb2 as pb
 from latentd.v1 import model_pb2
-from latentd_client import Accepted, DeterminismChanged, Preview, Samples, ServerUnavailable
+from latentd_client import Accepted, AsyncClient, Client, DeterminismChanged, Preview, Samples, ServerUnavailable
 from latentd_client.errors import ProtocolError
 from latentd_client.model import Model
 from latentd_client.resume import SampleRun, assemble, part_of
@@ -170,6 +171,43 @@ def test_a_loop_broken_anywhere_goes_on_with_the_same_bytes(client: Any, server:
     unbroken = states()
     server.fail("Stream", Fault(after=k), Fault(after=min(k, 2)))
     np.testing.assert_array_equal(states(), unbroken)
+
+
+async def test_an_interrupted_step_leaves_the_loop_in_step(server: FakeServer) -> None:
+    """A step whose task is cancelled before its answer was not taken; the next one is answered as itself."""
+    async with AsyncClient(server.target) as client:
+        async with client.denoise_loop("toy-diffusion", 1, seed=7) as loop:
+            unbroken = [step.state async for step in loop]
+        server.fail("Stream", Fault(after=2, delay_s=30.0))
+        async with client.denoise_loop("toy-diffusion", 1, seed=7) as loop:
+            states = [(await loop.step()).state]
+            waiting = asyncio.create_task(loop.step())
+            # The first loop sent 5 messages, this one 2, and now the step that waits.
+            await asyncio.to_thread(wait_until, lambda: len(server.requests("StreamRequest")) == 5 + 2 + 1)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            states += [step.state async for step in loop]
+    np.testing.assert_array_equal(np.stack(states), np.stack(unbroken))
+
+
+def test_an_interrupt_leaves_a_blocking_loop_in_step(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between a step and its answer does not make the next step read the answer of the last."""
+    with Client(server.target) as client:
+        with client.denoise_loop("toy-diffusion", 1, seed=7) as loop:
+            unbroken = [step.state for step in loop]
+        with client.denoise_loop("toy-diffusion", 1, seed=7) as loop:
+            states = [loop.step().state]
+            with monkeypatch.context() as patch:
+                patch.setattr(loop._run, "receive", _interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    loop.step()
+            states += [step.state for step in loop]
+    np.testing.assert_array_equal(np.stack(states), np.stack(unbroken))
+
+
+def _interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_loop_does_not_change_class_half_way(client: Any, server: FakeServer) -> None:
