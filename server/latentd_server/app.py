@@ -21,20 +21,14 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from latentd import __version__
-from latentd.v1 import (
-    admin_service_pb2,
-    admin_service_pb2_grpc,
-    generation_service_pb2,
-    generation_service_pb2_grpc,
-    model_service_pb2,
-    model_service_pb2_grpc,
-)
+from latentd.v1 import admin_service_pb2, generation_service_pb2, model_service_pb2
 
 from latentd_server import logs
 from latentd_server.catalogue import AdminService, ModelService
 from latentd_server.config import Config
 from latentd_server.engine import Engine
 from latentd_server.exchange import Door
+from latentd_server.handling import register
 from latentd_server.health import Health
 from latentd_server.http import HttpServer
 from latentd_server.metrics import Metrics
@@ -213,15 +207,15 @@ def _say_if_it_failed(task: asyncio.Task[None]) -> None:
 
 def _main_server(config: Config, door: Door, service: GenerationService) -> aio.Server:
     server = _new_server(config)
-    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(door), server)
+    register(server, generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"], service)
+    register(server, model_service_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelService(door))
     _reflect(server, generation_service_pb2, model_service_pb2)
     return server
 
 
 def _admin_server(config: Config, door: Door, registry: Registry) -> aio.Server:
     server = _new_server(config)
-    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(door, registry), server)
+    register(server, admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"], AdminService(door, registry))
     _reflect(server, admin_service_pb2)
     return server
 

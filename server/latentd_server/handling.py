@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 from latentd.names import CALLER_KEY, REQUEST_ID_KEY
 
 from latentd_server import errors
 from latentd_server.accounts import Peer
+from latentd_server.failures import FieldsInvalidError, Violation
 
 Context = aio.ServicerContext[Any, Any]
 Answer = TypeVar("Answer")
@@ -62,6 +68,65 @@ async def echo(context: Context, peer: Peer) -> None:
         await context.send_initial_metadata(((REQUEST_ID_KEY, peer.request_id),))
 
 
+def register(server: aio.Server, service: ServiceDescriptor, servicer: object) -> None:
+    """Add a service, as its generated function would, but for bytes that are no message.
+
+    grpc.aio takes those for a bug of the handler: the caller gets UNKNOWN and the log a stack for every one of them.
+    Here they are a wrong request like any other.
+    """
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+    for method in service.methods:
+        serve = getattr(servicer, method.name)
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[method.client_streaming, method.server_streaming]
+        handlers[method.name] = make(
+            serve if method.client_streaming else _refusing_junk(serve),
+            request_deserializer=_reader(GetMessageClass(method.input_type)),
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+
+
+@dataclass(frozen=True, slots=True)
+class Junk:
+    """Bytes that are no message of the type that was due."""
+
+    type_name: str
+
+    @property
+    def error(self) -> FieldsInvalidError:
+        """What the caller is told."""
+        return FieldsInvalidError([Violation("", f"the request is no {self.type_name}: its bytes cannot be read")])
+
+
+def _reader(kind: type[Message]) -> Callable[[bytes], Message | Junk]:
+    def read(data: bytes) -> Message | Junk:
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            return Junk(kind.DESCRIPTOR.full_name)
+
+    return read
+
+
+def _refusing_junk(serve: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
+    async def checked(request: Any, context: Context) -> Any:
+        if isinstance(request, Junk):
+            await _refuse(errors.refusal(request.error), context, peer_of(context))
+        return await serve(request, context)
+
+    return checked
+
+
+async def _refuse(refusal: errors.Refusal, context: Context, peer: Peer) -> NoReturn:
+    trailers = (*refusal.trailers, (REQUEST_ID_KEY, peer.request_id)) if peer.request_id else refusal.trailers
+    await context.abort(refusal.code, refusal.status.message, trailers)
+    raise AssertionError("abort does not return")
+
+
 async def guarded(work: Awaitable[Answer], end: Callable[[str, str], None], context: Context, peer: Peer) -> Answer:
     """Await a handler's work; tell its end to the books, and its failure to the caller."""
     try:
@@ -75,8 +140,6 @@ async def guarded(work: Awaitable[Answer], end: Callable[[str, str], None], cont
     except Exception as error:
         refusal = errors.refusal(error)
         end(refusal.code.name, refusal.reason)
-        trailers = (*refusal.trailers, (REQUEST_ID_KEY, peer.request_id)) if peer.request_id else refusal.trailers
-        await context.abort(refusal.code, refusal.status.message, trailers)
-        raise AssertionError("abort does not return") from error
+        await _refuse(refusal, context, peer)
     end("OK", "")
     return answer

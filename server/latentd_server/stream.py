@@ -29,6 +29,7 @@ from latentd_server.failures import (
     QuotaExceededError,
     Violation,
 )
+from latentd_server.handling import Junk
 
 OUTBOX_BYTES = 8 * 2**20
 """What may wait for a reader before the jobs it waits for sit out."""
@@ -46,7 +47,7 @@ class Session:
         self._outbox = Outbox(OUTBOX_BYTES, door.limits.max_open_ids, self._reader_is_slow)
 
     async def run(
-        self, requests: AsyncIterator[pb.StreamRequest], write: Callable[[pb.StreamResponse], Awaitable[None]]
+        self, requests: AsyncIterator[pb.StreamRequest | Junk], write: Callable[[pb.StreamResponse], Awaitable[None]]
     ) -> None:
         """Serve the stream until both sides are done with it."""
         reader = asyncio.create_task(self._read(requests))
@@ -77,9 +78,11 @@ class Session:
         self._open.pop(request_id).end(code, reason)
         self.close_if_done()
 
-    async def _read(self, requests: AsyncIterator[pb.StreamRequest]) -> None:
+    async def _read(self, requests: AsyncIterator[pb.StreamRequest | Junk]) -> None:
         try:
             async for request in requests:
+                if isinstance(request, Junk):  # whose id nobody knows
+                    raise request.error
                 self._take_up(request)
                 await self._outbox.room()
             self._half_closed = True

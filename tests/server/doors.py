@@ -13,14 +13,17 @@ from typing import Any
 from grpc import aio
 from latentd.names import parse_reference
 from latentd.v1 import (
+    generation_service_pb2,
     generation_service_pb2_grpc,
     model_pb2,
+    model_service_pb2,
     model_service_pb2_grpc,
 )
 from latentd_server.bundle import read
 from latentd_server.catalogue import ModelService
 from latentd_server.exchange import Door
 from latentd_server.failures import ModelNotFoundError
+from latentd_server.handling import register
 from latentd_server.job import Servable
 from latentd_server.metrics import Metrics
 from latentd_server.plans import Limits
@@ -88,8 +91,8 @@ async def front(engine: Any, registry: Any, limits: Limits | None = None) -> Asy
     door = Door(engine, registry, Metrics(), limits or Limits(), time.monotonic, lambda: 77)
     service = GenerationService(door)
     server = aio.server()
-    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(door), server)
+    register(server, generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"], service)
+    register(server, model_service_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelService(door))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     options = [("grpc.max_receive_message_length", -1)]

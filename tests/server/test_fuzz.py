@@ -1,9 +1,11 @@
 """Any message whatever: the server answers with a result or says what is wrong, and is never at fault itself."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from bundles import LATENT, SHAPE
@@ -114,3 +116,35 @@ def test_no_message_makes_the_server_fail(batch: list[pb.StreamRequest], live: L
                 assert blamed, (request, response)
                 assert len(response.error.details) >= 1
     assert live.unfinished == 0
+
+
+CUT = pb.DecodeRequest(model="tiny-vae").SerializeToString()[:-1]
+
+
+def outcome(live: Live, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
+    """Send bytes as the request; how the call ended."""
+    path = f"/latentd.v1.GenerationService/{method}"
+    if method == "Stream":
+        call = live.channel.stream_stream(path)(iter([data]), timeout=10)
+    else:
+        call = live.channel.unary_stream(path)(data, timeout=10)
+    with contextlib.suppress(grpc.RpcError):
+        list(call)
+    return call.code(), call.details()
+
+
+@settings(deadline=None, max_examples=60)
+@given(junk=st.one_of(st.binary(max_size=100), st.just(CUT)), method=st.sampled_from(["Decode", "Score", "Stream"]))
+def test_bytes_that_are_no_message_are_a_wrong_request(junk: bytes, method: str, live: Live) -> None:
+    """They end their own call as a caller's fault, whatever they are."""
+    assert outcome(live, method, junk)[0].value[0] in {0, *BLAMELESS}
+    assert live.unfinished == 0
+
+
+@pytest.mark.parametrize(("method", "kind"), [("Decode", "DecodeRequest"), ("Stream", "StreamRequest")])
+def test_a_cut_message_is_named(method: str, kind: str, live: Live, caplog: pytest.LogCaptureFixture) -> None:
+    """The error says which message was due, and the log holds no stack."""
+    code, details = outcome(live, method, CUT)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"no latentd.v1.{kind}" in details
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
