@@ -7,7 +7,6 @@ from latentd.digest import bundle_digest
 from latentd.v1 import bundle_pb2, model_pb2
 from latentd_trainer import bundle as bundles
 from latentd_trainer.bundle import BundleError
-from latentd_trainer.checkpoint import CheckpointError
 
 FILES = {"decoder.onnx": b"graph", "record.json": b"{}"}
 
@@ -156,7 +155,7 @@ def test_a_card_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"bundle.json: cannot be written \(No space left .* before is intact"):
+    with pytest.raises(OSError, match="No space left"):
         bundles.replace_card(directory, model_pb2.ModelCard(description="second"))
     assert contents(tmp_path) == before
 

@@ -257,3 +257,10 @@ def test_a_damaged_graph_is_an_error_that_names_it(bundle_of: Callable, measure:
     (directory / "scorer.onnx").unlink()
     with pytest.raises(EvaluationError, match=r"scorer\.onnx: .*No such file"):
         measure(directory)
+
+
+def test_a_report_that_cannot_be_written_is_an_error(bundle_of: Callable, measure: Callable, tmp_path: Path) -> None:
+    """Where the report should go there is a file: the error names it."""
+    (tmp_path / "out").write_bytes(b"")
+    with pytest.raises(EvaluationError, match=r"out: cannot be written \(File exists\)"):
+        measure(bundle_of("gan"), out=tmp_path / "out")

@@ -19,7 +19,6 @@ from rich.console import Console
 from latentd_trainer import bundle as bundles
 from latentd_trainer import chains, classifier, metrics, parity, report
 from latentd_trainer.bars import BARS, DATASET
-from latentd_trainer.checkpoint import CheckpointError
 from latentd_trainer.classifier import Reading, Yardstick
 from latentd_trainer.contract import role_name
 from latentd_trainer.data import Dataset, Split, load, scale
@@ -200,8 +199,8 @@ def run(
     try:
         bundles.replace_card(directory, card)
         written = report.write(out or directory, model, dataset, drawn, asked, real_row(real, seed), limits)
-    except (CheckpointError, OSError) as error:
-        raise EvaluationError(str(error)) from error
+    except OSError as error:
+        raise EvaluationError(f"{error.filename}: cannot be written ({error.strerror})") from error
     report.show(console, model, limits)
     console.print(f"report: {written}", markup=False, highlight=False, soft_wrap=True)
     missed = [why for bar in limits if (why := bar.missed(results))] if bars else []
