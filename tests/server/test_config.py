@@ -26,11 +26,12 @@ def problems(*arguments: str, **environment: str) -> list[str]:
     return caught.value.problems
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command itself."""
+def run(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command itself, in a directory without models."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("LATENTD_")}
     return subprocess.run(
         [sys.executable, "-m", "latentd_server", *arguments],
+        cwd=cwd,
         env={**clean, "COLUMNS": "100", **environment},
         capture_output=True,
         text=True,
@@ -118,7 +119,7 @@ def test_the_command_lists_every_problem_and_exits_2(tmp_path: Path) -> None:
     """From all sources, in one go, before anything is opened or loaded."""
     file = tmp_path / "latentd.toml"
     file.write_text("max_steps = 0\nlistn = 'x'\n")
-    done = run("--config", str(file), "--device=tpu", "--bogus", LATENTD_THREADS="-1")
+    done = run(tmp_path, "--config", str(file), "--device=tpu", "--bogus", LATENTD_THREADS="-1")
     assert done.returncode == 2
     assert done.stdout == ""
     lines = done.stderr.splitlines()
@@ -133,9 +134,9 @@ def test_the_command_lists_every_problem_and_exits_2(tmp_path: Path) -> None:
     ]
 
 
-def test_help_tells_every_flag_its_variable_its_unit_and_its_default() -> None:
+def test_help_tells_every_flag_its_variable_its_unit_and_its_default(tmp_path: Path) -> None:
     """The schema and the help text cannot drift apart; a default that is shown is the default."""
-    done = run("--help")
+    done = run(tmp_path, "--help")
     assert done.returncode == 0
     text = re.sub(r"\s+", " ", done.stdout)
     for key, field in Config.model_fields.items():
@@ -148,8 +149,8 @@ def test_help_tells_every_flag_its_variable_its_unit_and_its_default() -> None:
         assert unit in text
 
 
-def test_version_is_the_packages() -> None:
+def test_version_is_the_packages(tmp_path: Path) -> None:
     """`latentd --version` says what is installed."""
     from latentd import __version__
 
-    assert run("--version").stdout == f"latentd {__version__}\n"
+    assert run(tmp_path, "--version").stdout == f"latentd {__version__}\n"
