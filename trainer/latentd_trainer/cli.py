@@ -113,7 +113,7 @@ def fit(
 
 @app.command("settings")
 def list_settings(family: FamilyName) -> None:
-    """List what `fit --set` can set, with defaults, which are the recipe for the embedded digits."""
+    """List a family's settings. Their defaults are the recipe for the embedded digits; `fit --set` changes them."""
     try:
         config_type = load_family(family).config_type
     except ValueError as error:
@@ -137,7 +137,7 @@ def export(
     license_: Annotated[str, typer.Option("--license", help="SPDX identifier of the weights' licence.")] = "Apache-2.0",
     replace: Annotated[bool, typer.Option("--replace", help="Replace this version if it is there.")] = False,
 ) -> None:
-    """Write a trained model as a bundle of ONNX graphs, each proved equal to torch first."""
+    """Write a run as a bundle. Each ONNX graph is proved equal to torch first."""
     from latentd_trainer import export as exporter
     from latentd_trainer.bundle import BundleError
     from latentd_trainer.checkpoint import CheckpointError
@@ -159,7 +159,7 @@ def evaluate(
     bars: Annotated[bool, typer.Option("--bars", help="Exit with 1 if a model of digits misses its bars.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; up to 4 if not given.")] = None,
 ) -> None:
-    """Measure a bundle's samples against held-out data; write metrics into its card, and a report with pictures."""
+    """Measure a bundle's samples. They are held against real data; metrics go into the card, pictures into a report."""
     from latentd_trainer import evaluate as evaluator
     from latentd_trainer.bundle import BundleError
     from latentd_trainer.data import DataError
@@ -175,7 +175,7 @@ def evaluate(
 
 @app.command()
 def verify(bundle: Annotated[Path, typer.Argument(help="Directory of a bundle, MODELS/NAME/VERSION.")]) -> None:
-    """Check a bundle again: digests, contract of the graphs, parity with torch; exit with 1 if anything is wrong."""
+    """Check a bundle. Digests, contract of the graphs, parity with torch; exit status 1 if anything is wrong."""
     from latentd_trainer import verify as verifier
 
     raise typer.Exit(verifier.run(bundle, console))

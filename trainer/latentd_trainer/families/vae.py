@@ -40,17 +40,19 @@ _LN_TWO_PI = math.log(2 * math.pi)
 class VaeConfig:
     """Settings of VAE training; the defaults are the recipe for digits."""
 
-    steps: int = setting(1500, "training steps")
+    steps: int = setting(1000, "training steps")
     batch_size: int = setting(64, "images a step, over all processes")
     learning_rate: float = setting(2e-3, "peak rate of AdamW")
     warm_up_steps: int = setting(50, "steps in which the rate grows from 0, before it falls along a cosine")
-    weight_decay: float = setting(1e-4, "weight decay of AdamW")
+    weight_decay: float = setting(0.5, "weight decay of AdamW")
     clip_norm: float = setting(50.0, "largest norm of a gradient")
     width: int = setting(32, "channels of the networks at full size, a multiple of 8")
     hidden: int = setting(128, "width of the encoder's linear layer")
     latent: int = setting(8, "dimensions of z")
     free_bits: float = setting(0.3, "nats of each latent dimension's KL that cost nothing")
-    kl_warm_up: float = setting(0.2, "share of the steps in which the KL's weight grows from 0 to 1")
+    kl_warm_up: float = setting(
+        0.05, "share of the steps in which the KL's weight grows from 0 to 1; while it is low z takes over the class"
+    )
     average_decay: float = setting(0.998, "decay of the moving average of the weights, which is what is served")
 
     def __post_init__(self) -> None:
@@ -140,6 +142,8 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], width: int, hidden: int, latent: int, class_count: int) -> None:
         super().__init__()
+        # Of unit scale from the start: a quiet label lets z learn to carry the class, and then draws from the prior
+        # show another class than the one asked for.
         self.embed_label = nn.Embedding(class_count, 2 * hidden)
         self.mix = nn.Linear(latent, hidden)
         self.trunk = VectorToImage(hidden, shape, width, 2 * shape[0])
