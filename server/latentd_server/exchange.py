@@ -116,6 +116,15 @@ class Exchange:
 
     def on_event(self, event: Event) -> None:
         """Hear from the engine."""
+        try:
+            self._hear(event)
+        except Exception as error:  # a bug of ours; the caller must not wait for an answer that will not come
+            if self._job_id is not None:
+                self._door.engine.cancel(self._job_id)
+                self._job_id = None
+            self.reply.fail(error)
+
+    def _hear(self, event: Event) -> None:
         if isinstance(event, Preview):
             self._preview(event)
         elif isinstance(event, Finished):

@@ -10,9 +10,9 @@ from latentd.v1 import generation_service_pb2
 from latentd_server import samplers
 from latentd_server.fields import Fields
 from latentd_server.job import Array, Start, StepJob
+from latentd_server.options import Walk
 from latentd_server.plans import Loop, LoopPosition, LoopStep, Sampling
 from latentd_server.schedules import CLEAN
-from latentd_server.walks import Walk
 from latentd_server.wiring import Wiring
 
 

@@ -1,168 +1,22 @@
-"""Diffusion requests -> `StepJob`s: which timesteps are visited, by which sampler, from where. Pure."""
+"""Requests to diffusion models -> `StepJob`s: from where, down or up which timesteps, under which labels. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from latentd.v1 import bundle_pb2, generation_service_pb2
 from numpy.typing import NDArray
 
-from latentd_server import noise, samplers, schedules
-from latentd_server.fields import MAX_INT32, Fields, has_label, quoted
+from latentd_server import noise, samplers
+from latentd_server.fields import MAX_INT32, Fields, has_label
 from latentd_server.job import Start, StepJob
+from latentd_server.options import Walk, read_guidance, read_walk, schedule_of
 from latentd_server.plans import Decoding, Denoising, Diffusing, Encoding, Limits, OutputForm, SampleHead, Sampling
-from latentd_server.schedules import CLEAN, Schedule
+from latentd_server.schedules import CLEAN
 from latentd_server.wiring import Graph, Wiring
 
-DiffusionOptions = generation_service_pb2.DiffusionOptions
-
-MAX_GUIDANCE = 1000.0
-DEFAULT_STRENGTH = 0.5
 DDIM = "ddim"
 UNCONDITIONAL = -1
 """The label of the unconditional network."""
-
-
-@dataclass(frozen=True, slots=True)
-class Walk:
-    """`DiffusionOptions` with every default filled in."""
-
-    sampler: str
-    timesteps: tuple[int, ...]  # before `strength` cuts them
-    explicit: bool  # whether the caller listed them
-    eta: float | None
-    guidance_scale: float
-    preview_interval: int
-    strength: float | None  # set where there is a start point
-    start: NDArray[np.float32] | None  # [1 or n, *sample]
-
-    @property
-    def visited(self) -> tuple[int, ...]:
-        """The timesteps the network is evaluated at."""
-        if self.strength is None:
-            return self.timesteps
-        return schedules.from_strength(self.timesteps, self.strength)
-
-    @property
-    def options(self) -> generation_service_pb2.DiffusionOptions:
-        """As options that ask for this very walk, but for the start point's samples."""
-        options = DiffusionOptions(
-            sampler=self.sampler,
-            step_count=len(self.timesteps),
-            guidance_scale=self.guidance_scale,
-            eta=self.eta,
-            preview_interval_steps=self.preview_interval,
-            timesteps=self.timesteps if self.explicit else (),
-        )
-        if self.strength is not None:
-            options.start.strength = self.strength
-        return options
-
-
-def _read_walk(
-    fields: Fields,
-    options: generation_service_pb2.DiffusionOptions,
-    model: Wiring,
-    limits: Limits,
-    count: int | None,
-    default_sampler: str,
-    allowed_samplers: tuple[str, ...],
-) -> Walk | None:
-    """Check `diffusion` and fill in its defaults; None if anything in it is wrong."""
-    found = len(fields.violations)
-    sampler = options.sampler or default_sampler
-    if sampler not in allowed_samplers:
-        got = quoted(sampler)
-        allowed = ", ".join(dict.fromkeys(allowed_samplers))
-        fields.reject("diffusion.sampler", f"must be one of {allowed}; got {got}")
-        return None
-    walk = Walk(
-        sampler=sampler,
-        timesteps=_timesteps(fields, options, model, limits),
-        explicit=bool(options.timesteps),
-        eta=_eta(fields, options, sampler),
-        guidance_scale=_read_guidance(fields, options, "diffusion.guidance_scale", model),
-        preview_interval=options.preview_interval_steps,
-        strength=_strength(fields, options),
-        start=_start(fields, options, model, count),
-    )
-    fields.integer(walk.preview_interval, "diffusion.preview_interval_steps", 0, limits.max_steps)
-    return walk if len(fields.violations) == found else None
-
-
-def _timesteps(
-    fields: Fields, options: generation_service_pb2.DiffusionOptions, model: Wiring, limits: Limits
-) -> tuple[int, ...]:
-    schedule = _schedule(model)
-    last = schedule.timestep_count - 1
-    most = min(limits.max_steps, schedule.timestep_count)
-    listed = tuple(options.timesteps)
-    if not listed:
-        default = min(model.default_step_count, most)
-        step_count = fields.integer(options.step_count, "diffusion.step_count", 1, most, default=default)
-        return () if step_count is None else schedule.spaced_timesteps(step_count)
-    if len(listed) > most:
-        fields.reject("diffusion.timesteps", f"must hold at most {most} timesteps; got {len(listed)}")
-        return ()
-    if options.step_count not in (0, len(listed)):
-        fields.reject(
-            "diffusion.step_count", f"must be 0 or {len(listed)}, the number of timesteps; got {options.step_count}"
-        )
-    for index, timestep in enumerate(listed):
-        path = f"diffusion.timesteps[{index}]"
-        in_range = fields.integer(timestep, path, 0, last) is not None
-        if in_range and index and timestep >= listed[index - 1]:
-            fields.reject(path, f"timesteps must fall strictly; {timestep} follows {listed[index - 1]}")
-    return listed
-
-
-def _eta(fields: Fields, options: generation_service_pb2.DiffusionOptions, sampler: str) -> float | None:
-    default = samplers.default_eta(sampler)
-    if not options.HasField("eta"):
-        return default
-    if default is None:
-        takers = ", ".join(name for name in samplers.SAMPLERS if samplers.default_eta(name) is not None)
-        fields.reject("diffusion.eta", f"must be unset for {sampler}; the samplers that take one are {takers}")
-        return None
-    return fields.number(options.eta, "diffusion.eta", 0, 1)
-
-
-def _strength(fields: Fields, options: generation_service_pb2.DiffusionOptions) -> float | None:
-    if not options.HasField("start"):
-        return None
-    if not options.start.HasField("strength"):
-        return DEFAULT_STRENGTH
-    if 0 < options.start.strength <= 1:
-        return options.start.strength
-    fields.reject("diffusion.start.strength", f"must be above 0 and at most 1; got {options.start.strength:g}")
-    return None
-
-
-def _start(
-    fields: Fields, options: generation_service_pb2.DiffusionOptions, model: Wiring, count: int | None
-) -> NDArray[np.float32] | None:
-    if not options.HasField("start"):
-        return None
-    path = "diffusion.start.samples"
-    samples = fields.rows(options.start.samples, path, model.sample, max(1, count or 1), is_sample=True)
-    if samples is not None and count is not None and len(samples) not in (1, count):
-        fields.reject(f"{path}.shape", f"must hold 1 sample, or {count}, one for each sample; got {len(samples)}")
-    return samples
-
-
-def _read_guidance(
-    fields: Fields,
-    message: generation_service_pb2.DiffusionOptions | generation_service_pb2.DenoiseStepRequest,
-    path: str,
-    model: Wiring,
-) -> float:
-    """The guidance scale, 1 if unset."""
-    if not message.HasField("guidance_scale") or message.guidance_scale == 1:
-        return 1.0
-    if not model.guidance_supported:
-        fields.reject(path, "must be unset or 1: this model was not trained for guidance")
-    fields.number(message.guidance_scale, path, -MAX_GUIDANCE, MAX_GUIDANCE)
-    return message.guidance_scale
 
 
 def sample(
@@ -179,13 +33,13 @@ def sample(
     graph = _denoiser(model)
     labels = fields.labels(request.condition, count, model, graph)
     fields.codes(request.condition, count, graph)
-    walk = _read_walk(fields, request.diffusion, model, limits, count, model.samplers[0], model.samplers)
+    walk = read_walk(fields, request.diffusion, model, limits, count, model.samplers[0], model.samplers)
     if walk is None:
         raise fields.error()
     has_classes = graph.takes_label and model.class_count > 0
     if labels is None:
         labels = noise.labels(head.seed, head.indices, model.cumulative) if has_classes else _unconditional(count)
-    schedule = _schedule(model)
+    schedule = schedule_of(model)
     alpha, sigma = schedule.level(walk.visited[0])
     start = Start(noise_scale=sigma)
     if walk.start is not None:  # SDEdit, arXiv 2108.01073
@@ -230,14 +84,14 @@ def encode(
         fields.reject(
             "diffusion.eta", f"must be unset or 0: DDIM inversion is deterministic; got {request.diffusion.eta:g}"
         )
-    walk = _read_walk(fields, request.diffusion, model, limits, None, DDIM, (DDIM,))
+    walk = read_walk(fields, request.diffusion, model, limits, None, DDIM, (DDIM,))
     labels = _labels_or_unconditional(fields, request.condition, samples, model, walk.guidance_scale if walk else 1.0)
     if walk is None or samples is None:
         raise fields.error()
     job = StepJob(
         model=model.name,
         lane_count=len(samples),
-        tables=(samplers.inversion(_schedule(model), walk.timesteps),),
+        tables=(samplers.inversion(schedule_of(model), walk.timesteps),),
         start=Start(noise_scale=0.0, values=samples),
         seed=0,
         sample_indices=np.arange(len(samples), dtype=np.int64),
@@ -256,7 +110,7 @@ def diffuse(
     model: Wiring,
 ) -> Diffusing:
     """A draw from q(x_t | x0), without the network."""
-    schedule = _schedule(model)
+    schedule = schedule_of(model)
     why = "forward_timestep draws from q(x_t | x0), which takes no network"
     fields.absent(request, ("condition", "diffusion"), "", why)
     timestep = fields.integer(request.forward_timestep, "forward_timestep", 0, schedule.timestep_count - 1)
@@ -284,7 +138,7 @@ def decode(
     count = None if latents is None else len(latents)
     labels = fields.labels(request.condition, count, model, graph)
     fields.codes(request.condition, count, graph)
-    walk = _read_walk(fields, request.diffusion, model, limits, None, DDIM, (*model.samplers, DDIM))
+    walk = read_walk(fields, request.diffusion, model, limits, None, DDIM, (*model.samplers, DDIM))
     if walk is None or latents is None:
         raise fields.error()
     indices = np.arange(len(latents), dtype=np.int64)
@@ -294,7 +148,7 @@ def decode(
     job = StepJob(
         model=model.name,
         lane_count=len(latents),
-        tables=(samplers.descent(_schedule(model), walk.sampler, walk.timesteps, walk.eta),),
+        tables=(samplers.descent(schedule_of(model), walk.sampler, walk.timesteps, walk.eta),),
         start=Start(noise_scale=0.0, values=latents),
         seed=request.seed,
         sample_indices=indices,
@@ -312,7 +166,7 @@ def denoise_step(
     fields: Fields, request: generation_service_pb2.DenoiseStepRequest, model: Wiring, limits: Limits
 ) -> Denoising:
     """One evaluation at the caller's x_t and, where asked, one step of DDIM(eta)."""
-    schedule = _schedule(model)
+    schedule = schedule_of(model)
     last = schedule.timestep_count - 1
     states = fields.rows(request.noisy_samples, "noisy_samples", model.sample, limits.max_samples, is_sample=False)
     count = None if states is None else len(states)
@@ -320,7 +174,7 @@ def denoise_step(
     followings: list[int] | list[None] = [None] * len(currents)
     if request.next_timesteps:
         followings = _per_row(fields, request.next_timesteps, "next_timesteps", count, CLEAN, last - 1)
-    guidance = _read_guidance(fields, request, "guidance_scale", model)
+    guidance = read_guidance(fields, request, "guidance_scale", model)
     labels = _labels_or_unconditional(fields, request.condition, states, model, guidance)
     eta = fields.number(request.eta, "eta", 0, 1)
     if request.eta > 0 and not request.HasField("seed"):
@@ -349,12 +203,6 @@ def denoise_step(
 
 def _denoiser(model: Wiring) -> Graph:
     return model.graphs[bundle_pb2.Network.ROLE_DENOISER]
-
-
-def _schedule(model: Wiring) -> Schedule:
-    if model.schedule is None:
-        raise TypeError(f"{model.name} is no diffusion model")
-    return model.schedule
 
 
 def _unconditional(count: int) -> NDArray[np.int64]:

@@ -256,6 +256,19 @@ async def test_an_unexpected_failure_is_internal_without_its_text(
     assert "someone" in caplog.text
 
 
+async def test_an_answer_that_cannot_be_made_is_an_error_not_a_silence(
+    served: Front, engine: ManualEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Outputs that are not what they should be end the call at once, and the log says why."""
+    call = served.stub.Decode(pb.DecodeRequest(model=V, latents=LATENTS))
+    await until(lambda: engine.jobs)
+    engine.finish(1, outputs={"nonsense": np.zeros((2, 3))})
+    with pytest.raises(aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert "KeyError" in caplog.text
+
+
 async def test_many_wrong_labels_come_back_as_invalid_argument(served: Front) -> None:
     """The list of violations is cut to what gRPC's metadata can hold, not the call."""
     request = pb.SampleRequest(model=D, sample_count=1000, condition=pb.Condition(class_labels=[9] * 1000))
