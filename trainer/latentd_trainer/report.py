@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from latentd.v1 import model_pb2
@@ -14,9 +13,7 @@ from latentd_trainer import plots
 from latentd_trainer.bars import Bar
 from latentd_trainer.checkpoint import write_whole
 from latentd_trainer.data import Dataset, scale
-
-if TYPE_CHECKING:
-    from latentd_trainer.evaluate import Samples
+from latentd_trainer.served import Samples
 
 REPORT_FILE = "report.md"
 PICTURE_FILE = "samples.png"
@@ -52,7 +49,7 @@ def write(
     directory: Path,
     model: model_pb2.Model,
     dataset: Dataset,
-    drawn: "Sequence[Samples]",
+    drawn: Sequence[Samples],
     asked: NDArray[np.int64],
     real: Mapping[str, float],
     bars: Sequence[Bar],
@@ -65,7 +62,7 @@ def write(
     return path
 
 
-def markdown(model: model_pb2.Model, drawn: "Sequence[Samples]", real: Mapping[str, float], bars: Sequence[Bar]) -> str:
+def markdown(model: model_pb2.Model, drawn: Sequence[Samples], real: Mapping[str, float], bars: Sequence[Bar]) -> str:
     """The report's text."""
     metrics = model.card.metrics
     rows = [
@@ -95,7 +92,7 @@ def markdown(model: model_pb2.Model, drawn: "Sequence[Samples]", real: Mapping[s
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def picture(dataset: Dataset, drawn: "Sequence[Samples]", asked: NDArray[np.int64]) -> bytes:
+def picture(dataset: Dataset, drawn: Sequence[Samples], asked: NDArray[np.int64]) -> bytes:
     """A PNG with a row for each class: real images, then samples of each kind, first ones first."""
     held_out = scale(dataset.test.pixels, dataset.info.levels)
     sources = [(held_out, dataset.test.labels), *((samples.images, asked) for samples in drawn)]

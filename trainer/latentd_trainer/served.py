@@ -1,0 +1,125 @@
+"""Samples drawn through a bundle's own graphs, in ONNX Runtime on the CPU."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from latentd.v1 import bundle_pb2
+from numpy.typing import NDArray
+
+from latentd_trainer import chains, parity
+from latentd_trainer.contract import role_name
+from latentd_trainer.onnx_graph import GraphError
+from latentd_trainer.spec import Meaning, Role, Source
+
+_BATCH = 144
+
+Floats = NDArray[np.float32]
+Given = Mapping[int, NDArray[Any]]
+"""Inputs by their source, [n, ...]."""
+
+
+class EvaluationError(ValueError):
+    """A bundle that cannot be evaluated, or not on these data; the message says what would do."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples drawn in one way."""
+
+    variant: str  # `-50-steps`; what the names of their metrics end in
+    description: str
+    images: Floats  # [n, C, H, W]
+
+
+class Graphs:
+    """The bundle's networks by role, in ONNX Runtime on the CPU."""
+
+    def __init__(self, directory: Path, bundle: bundle_pb2.Bundle, threads: int) -> None:
+        self.bundle = bundle
+        self.networks: dict[int, bundle_pb2.Network] = {network.role: network for network in bundle.networks}
+        self._sessions: dict[int, ort.InferenceSession] = {}
+        for role, network in self.networks.items():
+            try:
+                self._sessions[role] = parity.open_session((directory / network.file).read_bytes(), threads)
+            except (OSError, GraphError) as error:
+                raise EvaluationError(f"{network.file}: {error}; `latentd-train verify` says more") from error
+
+    def run(self, role: int, given: Given, generator: np.random.Generator) -> dict[int, Floats]:
+        """Outputs by meaning; inputs by source, noise being drawn here. All arrays [n, ...].
+
+        Raises:
+            EvaluationError: an input takes what evaluation does not know to give, as codes.
+        """
+        network = self.networks[role]
+        count = len(next(iter(given.values())))
+        feeds = {entry.name: _values(entry, role, given, count, generator) for entry in network.inputs}
+        parts = [
+            parity.run_onnx(self._sessions[role], {name: rows[start : start + _BATCH] for name, rows in feeds.items()})
+            for start in range(0, count, _BATCH)
+        ]
+        outputs = [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+        return {output.meaning: rows for output, rows in zip(network.outputs, outputs, strict=True)}
+
+    def takes(self, role: int, source: int) -> bool:
+        """Whether the graph has an input from this source."""
+        return role in self.networks and any(entry.source == source for entry in self.networks[role].inputs)
+
+    def gives(self, role: int, meaning: int) -> bool:
+        """Whether the graph has an output with this meaning."""
+        return role in self.networks and any(output.meaning == meaning for output in self.networks[role].outputs)
+
+
+def _values(
+    entry: bundle_pb2.NetworkInput,
+    role: int,
+    given: Given,
+    count: int,
+    generator: np.random.Generator,
+) -> NDArray[Any]:
+    if entry.source in given:
+        return given[entry.source]
+    shape = (count, *entry.spec.shape)
+    if entry.source in (Source.SOURCE_LATENT, Source.SOURCE_NORMAL_NOISE):
+        return generator.standard_normal(shape, np.float32)
+    if entry.source == Source.SOURCE_UNIFORM_NOISE:
+        return generator.random(shape, np.float32)
+    kind = Source.Source.Name(entry.source)
+    raise EvaluationError(f"{role_name(role)}: input {entry.name!r} takes {kind}, which evaluation does not provide")
+
+
+def draw_variants(graphs: Graphs, asked: NDArray[np.int64], seed: int) -> Iterator[Samples]:
+    """One sample for each label, in each way a server draws them.
+
+    Diffusion: 50 ancestral steps and 10 DDIM steps. Decoders: the mean and, where there is one, the draw.
+    """
+    generator = np.random.default_rng([seed, 0])
+    model = graphs.bundle.model
+    if Role.ROLE_DENOISER in graphs.networks:
+        for step_count, eta, description in ((50, 1.0, "50 steps, ancestral"), (10, 0.0, "10 steps, DDIM")):
+            noise = generator.standard_normal((len(asked), *model.sample_spec.shape), np.float32)
+
+            def denoise(x: Floats, t: NDArray[np.int64]) -> Floats:
+                given: Given = {Source.SOURCE_SAMPLE: x, Source.SOURCE_TIMESTEP: t, Source.SOURCE_CLASS_LABEL: asked}
+                return graphs.run(Role.ROLE_DENOISER, given, generator)[Meaning.MEANING_PREDICTION]
+
+            images = chains.walk(
+                denoise,
+                model.diffusion,
+                noise,
+                min(step_count, len(model.diffusion.alphas)),
+                eta=eta,
+                clip=(model.sample_spec.min_value, model.sample_spec.max_value),
+                generator=generator,
+            )
+            yield Samples(f"-{step_count}-steps", description, images)
+        return
+    outputs = graphs.run(Role.ROLE_DECODER, {Source.SOURCE_CLASS_LABEL: asked}, generator)
+    if Meaning.MEANING_SAMPLE_DRAW not in outputs:
+        yield Samples("", "samples", outputs[Meaning.MEANING_SAMPLE])
+        return
+    yield Samples("-mean", "mean", outputs[Meaning.MEANING_SAMPLE])
+    yield Samples("-draw", "draw", outputs[Meaning.MEANING_SAMPLE_DRAW])
