@@ -26,14 +26,9 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 MODELS, RUNS, OUT = ROOT / "models", ROOT / "runs", ROOT / "out"
 FAMILIES = ("diffusion", "gan", "vae")  # the longest first, since two run at a time
-SHOWN = {  # metrics of the card worth a column, as `latentd-train evaluate` names them
-    "frechet-ratio": "Frechet ratio",
-    "precision": "precision",
-    "recall": "recall",
-    "coverage": "coverage",
-    "label-agreement": "agreement",
-}
-console = Console(highlight=False, soft_wrap=True)
+SHOWN = ("frechet-ratio", "precision", "recall", "coverage", "label-agreement", "iwae-500")
+HOW = ("-50-steps", "-mean", "")  # what a family is measured by, where there is more than one way to sample it
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 
 
 def main() -> int:
@@ -145,13 +140,15 @@ def wait_until_serving(target: str, process: subprocess.Popen[bytes]) -> None:
 
 def show_models(client: Client) -> None:
     """A table of what is served and how good it is."""
-    table = Table("model", "methods", *SHOWN.values())
+    table = Table("model", *SHOWN)
     for model in client.models():
-        # Names end in how the samples were drawn; the last of them is of most steps, or of the mean.
-        last = {key: max((name for name in model.metrics if name.startswith(key)), default="") for key in SHOWN}
-        cells = [f"{model.metrics[name]:.3f}" if name else "-" for name in last.values()]
-        table.add_row(model.name, " ".join(sorted(model.methods)), *cells)
+        cells = []
+        for name in SHOWN:
+            found = [model.metrics[name + how] for how in HOW if name + how in model.metrics]
+            cells.append(f"{found[0]:.3f}" if found else "-")
+        table.add_row(model.name, *cells)
     console.print(table)
+    console.print("diffusion by 50 steps, VAE by its mean; more in the report.md beside each bundle")
 
 
 def saved(path: Path, what: str) -> None:
@@ -196,8 +193,10 @@ def draw(client: Client) -> None:
     error = float(np.abs(back.array - pictures).mean())
     saved(path, f"Encode and Decode: DDIM inversion to noise and back, mean error {error:.3f} of a range of 2")
 
-    morph = client.interpolate("digits-vae", latents[2], latents[7], 10, label=2)
-    saved(morph.save(OUT / "interpolation-vae.png", columns=10), "Decode between two latents (slerp)")
+    walks = [client.interpolate("digits-vae", latents[2], latents[7], 10, label=digit).array for digit in range(10)]
+    path = OUT / "interpolation-vae.png"
+    grid(pixels(*walks), columns=10).save(path)
+    saved(path, "Decode between two latents (slerp), a row a class: the style changes, the digit stays")
 
     state = np.random.default_rng(0).standard_normal((10, 1, 8, 8), np.float32)
     seen = []
