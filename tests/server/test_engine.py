@@ -218,8 +218,9 @@ async def test_a_full_backlog_refuses_and_says_when_to_return(root: Path) -> Non
     bench = await Bench.start(root, max_backlog=1000)
     accepted = asyncio.create_task(bench.result(bench.steps("ddim", 50, lanes=20)))
     await asyncio.sleep(0)
+    # As large as the limit, so that it is refused however far the other has come meanwhile.
     with pytest.raises(OverloadedError) as caught:
-        bench.engine.submit(bench.steps("ddim", 50, lanes=1), caller="x", deadline=None, sink=lambda event: None)
+        bench.engine.submit(bench.steps("ddim", 50, lanes=20), caller="x", deadline=None, sink=lambda event: None)
     assert 0.05 <= caught.value.retry_after_s <= 30
     await accepted
     await bench.engine.close()

@@ -171,3 +171,12 @@ def test_a_gpu_that_is_not_there_exits_1_with_one_clear_line(models_root: Path) 
     assert done.returncode == 1
     assert done.stderr.startswith("latentd: device cuda:0 was asked for")
     assert "Traceback" not in done.stderr
+
+
+def test_sigterm_while_models_load_ends_in_order(start: Any) -> None:
+    """The handlers are there before the first model is."""
+    process = start()
+    process.line("listening")
+    process.process.send_signal(signal.SIGTERM)
+    assert process.end() == 0
+    assert process.lines[-1]["message"] == "stopped"
