@@ -57,11 +57,6 @@ class Outbox:
             self._failure = failure
             self._wake()
 
-    @property
-    def empty(self) -> bool:
-        """Whether nothing waits."""
-        return not self._waiting
-
     async def room(self) -> None:
         """Wait until little enough waits to take on more work for this reader."""
         await self._room.wait()
