@@ -73,6 +73,10 @@ class Graphs:
         return role in self.networks and any(output.meaning == meaning for output in self.networks[role].outputs)
 
 
+_WALKS = {"ddim": (0.0, 1), "ddpm": (1.0, 1), "dpmpp-2m": (0.0, 2)}
+"""eta and order of the samplers that evaluation walks with, by their wire names."""
+
+
 def _values(
     entry: bundle_pb2.NetworkInput,
     role: int,
@@ -94,12 +98,16 @@ def _values(
 def draw_variants(graphs: Graphs, asked: NDArray[np.int64], seed: int) -> Iterator[Samples]:
     """One sample for each label, in each way a server draws them.
 
-    Diffusion: 50 ancestral steps and 10 DDIM steps. Decoders: the mean and, where there is one, the draw.
+    Diffusion: 50 and 10 steps of the model's default sampler. Decoders: the mean and, where there is one, the draw.
     """
     generator = np.random.default_rng([seed, 0])
     model = graphs.bundle.model
     if Role.ROLE_DENOISER in graphs.networks:
-        for step_count, eta, description in ((50, 1.0, "50 steps, ancestral"), (10, 0.0, "10 steps, DDIM")):
+        sampler = model.diffusion.samplers[0]
+        if sampler not in _WALKS:
+            raise EvaluationError(f"default sampler {sampler!r}: evaluation knows {', '.join(_WALKS)}")
+        eta, order = _WALKS[sampler]
+        for step_count in (50, 10):
             noise = generator.standard_normal((len(asked), *model.sample_spec.shape), np.float32)
 
             def denoise(x: Floats, t: NDArray[np.int64]) -> Floats:
@@ -112,10 +120,11 @@ def draw_variants(graphs: Graphs, asked: NDArray[np.int64], seed: int) -> Iterat
                 noise,
                 min(step_count, len(model.diffusion.alphas)),
                 eta=eta,
+                order=order,
                 clip=(model.sample_spec.min_value, model.sample_spec.max_value),
                 generator=generator,
             )
-            yield Samples(f"-{step_count}-steps", description, images)
+            yield Samples(f"-{step_count}-steps", f"{step_count} steps, {sampler}", images)
         return
     outputs = graphs.run(Role.ROLE_DECODER, {Source.SOURCE_CLASS_LABEL: asked}, generator)
     if Meaning.MEANING_SAMPLE_DRAW not in outputs:

@@ -37,7 +37,8 @@ PREDICTIONS = {
     "x0": model_pb2.DiffusionSpec.PREDICTION_SAMPLE,
 }
 SCHEDULES = ("cosine", "linear")
-DEFAULT_SAMPLER = "ddim"
+DEFAULT_SAMPLER = "dpmpp-2m"
+"""Measured best on digits: 10 of its steps cover as much as 50, where 10 steps of DDIM lose rare shapes."""
 
 
 @dataclass(frozen=True)
