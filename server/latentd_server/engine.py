@@ -17,10 +17,17 @@ from typing import Protocol
 import numpy as np
 from latentd.v1 import bundle_pb2
 
-from latentd_server.failures import DeadlineError, DrainingError, OverloadedError, RuntimeFailureError, ServingError
+from latentd_server.failures import (
+    DeadlineError,
+    DeadlineUnreachableError,
+    DrainingError,
+    OverloadedError,
+    RuntimeFailureError,
+    ServingError,
+)
 from latentd_server.job import Event, Failed, Finished, Job, Preview, StepJob
 from latentd_server.runners import Outcome, Runner
-from latentd_server.scheduler import Arrival, Batch, Entry, GraphKey, Scheduler
+from latentd_server.scheduler import Arrival, Batch, Entry, GraphKey, Scheduler, graph_key
 
 Sink = Callable[[Event], None]
 
@@ -65,6 +72,7 @@ class Engine:
         self._backlog = 0
         self._backlog_lock = threading.Lock()
         self._evaluations_per_s = 0.0  # a running mean, for retry hints
+        self._fastest_call_s: dict[GraphKey, float] = {}  # of late, for deadlines that no load can explain
         # From here on: the device thread's own.
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._runners: dict[GraphKey, Runner] = {}
@@ -95,14 +103,14 @@ class Engine:
 
         Raises:
             DrainingError: the server is shutting down.
-            DeadlineError: the deadline has passed already.
+            DeadlineUnreachableError: the deadline has passed already, or would if the job ran alone from now on.
             OverloadedError: the backlog has no room for it; says when to try again.
         """
         now = self._clock()
         if self._draining:
             raise DrainingError
-        if deadline is not None and deadline <= now:
-            raise DeadlineError("the deadline has passed before the request was admitted")
+        if deadline is not None:
+            self._check_reachable(job, deadline - now)
         evaluations = job.lane_count * job.evaluations_per_lane
         with self._backlog_lock:
             # An idle server takes any job that the door let in, however large.
@@ -160,6 +168,16 @@ class Engine:
         if not self._evaluations_per_s:
             return 1.0
         return min(30.0, max(0.05, self._backlog / 2 / self._evaluations_per_s))
+
+    def _check_reachable(self, job: Job, left_s: float) -> None:
+        """Refuse what cannot be done in time even alone: a lane's evaluations follow one another."""
+        if left_s <= 0:
+            raise DeadlineUnreachableError("the deadline has passed before the request was admitted", 0.0)
+        calls = job.evaluations_per_lane // job.rows_per_lane
+        estimate_s = calls * self._fastest_call_s.get(graph_key(job), 0.0)
+        if estimate_s > left_s:
+            text = f"{calls} evaluations one after another take {estimate_s:.3g} s or more; {left_s:.3g} s are left"
+            raise DeadlineUnreachableError(text, estimate_s)
 
     def _forget_sink(self, job_id: int) -> bool:
         known = self._sinks.pop(job_id, None) is not None
@@ -230,6 +248,8 @@ class Engine:
         seconds = self._clock() - started
         rows = batch.rows
         self._count(-rows)
+        # The fastest call forgets slowly, so that one lucky measurement does not bind for ever.
+        self._fastest_call_s[batch.key] = min(seconds, 1.01 * self._fastest_call_s.get(batch.key, seconds))
         rate = rows / max(seconds, 1e-9)
         self._evaluations_per_s += (rate - self._evaluations_per_s) * (0.1 if self._evaluations_per_s else 1.0)
         padded = runner.padded(rows) if runner else rows

@@ -1,6 +1,7 @@
 """The engine on real tiny bundles: bytes, isolation, deadlines, cancels, overload, drain."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from latentd.names import SAMPLERS
 from latentd.v1 import bundle_pb2
 from latentd_server import samplers
 from latentd_server.engine import Engine
-from latentd_server.failures import DeadlineError, DrainingError, OverloadedError, RuntimeFailureError
+from latentd_server.failures import (
+    DeadlineError,
+    DeadlineUnreachableError,
+    DrainingError,
+    OverloadedError,
+    RuntimeFailureError,
+)
 from latentd_server.job import CallJob, Event, Failed, Finished, Job, Noise, Preview, Start, StepJob
 from latentd_server.metrics import Metrics
 from latentd_server.models import Registry
@@ -230,6 +237,23 @@ async def test_a_passed_deadline_is_refused_at_the_door(bench: Bench) -> None:
     """Nothing is computed for a caller whose time is up."""
     with pytest.raises(DeadlineError):
         bench.engine.submit(bench.steps(), caller="x", deadline=0.0, sink=lambda event: None)
+
+
+async def test_a_deadline_that_no_load_explains_is_refused_with_an_estimate(root: Path) -> None:
+    """A walk whose steps alone take longer than the time left is refused; a shorter one is accepted."""
+    ticks = itertools.count()
+    metrics = Metrics()
+    engine = Engine(metrics, max_rows=MAX_ROWS, max_backlog=100_000, clock=lambda: next(ticks) * 0.1)
+    registry = Registry(root, engine, Device("cpu"), threads=1, max_rows=MAX_ROWS)
+    await registry.load_all()
+    bench = Bench(engine, registry, metrics)
+    await bench.result(bench.steps("ddim", 3))  # every call takes a tenth of a second by this clock
+    now = next(ticks) * 0.1
+    with pytest.raises(DeadlineUnreachableError, match="50 evaluations one after another") as caught:
+        engine.submit(bench.steps("ddim", 50), caller="x", deadline=now + 2, sink=lambda event: None)
+    assert caught.value.estimate_s == pytest.approx(5.0, rel=0.2)
+    assert isinstance((await bench.events(bench.steps("ddim", 50), deadline=now + 1000))[-1], Finished)
+    await engine.close()
 
 
 async def test_drain_refuses_the_new_and_finishes_the_old(bench: Bench) -> None:
