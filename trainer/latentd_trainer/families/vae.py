@@ -46,7 +46,7 @@ class VaeConfig:
     warm_up_steps: int = setting(50, "steps in which the rate grows from 0, before it falls along a cosine")
     weight_decay: float = setting(0.5, "weight decay of AdamW")
     clip_norm: float = setting(50.0, "largest norm of a gradient")
-    width: int = setting(32, "channels of the networks at full size, a multiple of 8")
+    width: int = setting(48, "channels of the networks at full size, a multiple of 8")
     hidden: int = setting(128, "width of the encoder's linear layer")
     latent: int = setting(8, "dimensions of z")
     free_bits: float = setting(0.3, "nats of each latent dimension's KL that cost nothing")
