@@ -221,7 +221,10 @@ class NetworkOutput(google.protobuf.message.Message):
         MEANING_LOG_LIKELIHOOD: NetworkOutput._Meaning.ValueType  # 6
         """ln p(sample), in nats."""
         MEANING_EVIDENCE_LOWER_BOUND: NetworkOutput._Meaning.ValueType  # 7
-        """A lower bound on ln p(sample), in nats."""
+        """A lower bound on ln p(sample), in nats. A graph with noise inputs gives one draw's
+        log weight, ln p(sample, latent) - ln q(latent | sample); the server averages K
+        draws' weights (IWAE, Burda et al. 2016).
+        """
         MEANING_REAL_PROBABILITY: NetworkOutput._Meaning.ValueType  # 8
         """P(real | sample)."""
         MEANING_CLASS_PROBABILITY: NetworkOutput._Meaning.ValueType  # 9
@@ -249,7 +252,10 @@ class NetworkOutput(google.protobuf.message.Message):
     MEANING_LOG_LIKELIHOOD: NetworkOutput.Meaning.ValueType  # 6
     """ln p(sample), in nats."""
     MEANING_EVIDENCE_LOWER_BOUND: NetworkOutput.Meaning.ValueType  # 7
-    """A lower bound on ln p(sample), in nats."""
+    """A lower bound on ln p(sample), in nats. A graph with noise inputs gives one draw's
+    log weight, ln p(sample, latent) - ln q(latent | sample); the server averages K
+    draws' weights (IWAE, Burda et al. 2016).
+    """
     MEANING_REAL_PROBABILITY: NetworkOutput.Meaning.ValueType  # 8
     """P(real | sample)."""
     MEANING_CLASS_PROBABILITY: NetworkOutput.Meaning.ValueType  # 9
