@@ -33,6 +33,9 @@ Sink = Callable[[Event], None]
 
 log = logging.getLogger(__name__)
 
+_LONGEST_WAIT_S = 3600.0
+"""The device thread wakes at least this often; a caller's deadline may lie further ahead than a wait can be long."""
+
 
 class EngineMetrics(Protocol):
     """What the engine reports."""
@@ -217,7 +220,7 @@ class Engine:
         block = not self._scheduler.can_ride
         timeout = None
         if block and (deadline := self._scheduler.next_deadline_s()) is not None:
-            timeout = max(0.0, deadline - self._clock())
+            timeout = min(max(0.0, deadline - self._clock()), _LONGEST_WAIT_S)
         while True:
             try:
                 command = self._commands.get(block, timeout)

@@ -334,6 +334,22 @@ async def test_a_paused_job_waits_and_then_finishes_with_the_same_bytes(bench: B
     assert b"".join(rows[lane] for lane in sorted(rows)) == want
 
 
+async def test_a_deadline_may_lie_further_ahead_than_any_wait(bench: Bench) -> None:
+    """A paused job with a deadline in thirty million years leaves the device thread at work, and ends when resumed."""
+    over = asyncio.Event()
+
+    def sink(event: Event) -> None:
+        if isinstance(event, Finished):
+            over.set()
+
+    job_id = bench.engine.submit(bench.steps("ddim", 30), caller="x", deadline=1e15, sink=sink)
+    bench.engine.pause(job_id)
+    await bench.result(bench.steps("ddim", 2))  # with its end nothing may ride, and the thread waits for the deadline
+    await bench.result(bench.steps("ddim", 2))
+    bench.engine.resume(job_id)
+    await asyncio.wait_for(over.wait(), 30)
+
+
 class Saboteur:
     """A runner that fails whenever a marked seed is in the call, as a bad row does."""
 
