@@ -1,12 +1,16 @@
 """The HTTP port: `/metrics` for Prometheus and `/healthz` for humans and load balancers."""
 
 import json
+import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CONTENT_TYPE_LATEST
+
+log = logging.getLogger(__name__)
 
 Health = Callable[[], str]
 """Why the server does not serve; empty if it does. Called on a thread of the HTTP server."""
@@ -42,6 +46,11 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hung up is not worth a line; the library would print a stack past the log's format."""
+        if not isinstance(sys.exception(), OSError):
+            log.exception("an HTTP request from %s failed", client_address)
+
 
 class _ServerV6(_Server):
     address_family = socket.AF_INET6
@@ -67,7 +76,10 @@ def _handler(exposition: Callable[[], bytes], health: Health) -> type[BaseHTTPRe
             self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
 
         def log_message(self, format: str, *args: object) -> None:
             """Scrapes are not worth a line."""

@@ -1,7 +1,12 @@
 """The whole server in this process: ports, health, HTTP, reflection, and what happens when models are bad."""
 
 import asyncio
+import contextlib
+import http.client
 import json
+import socket
+import struct
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
@@ -133,6 +138,31 @@ async def test_healthz_and_metrics_over_http(running: Serving) -> None:
     assert 'latentd_build_info{device="cpu",version="' in text
     assert "process_resident_memory_bytes" in text
     assert (await fetch(running, "/"))[0] == 404
+
+
+async def test_a_client_that_hangs_up_leaves_no_stack(running: Serving, capfd: pytest.CaptureFixture[str]) -> None:
+    """A scrape that is cut off half-way prints nothing, and the next one is answered."""
+    host, _, port = running.addresses["http"].rpartition(":")
+    with socket.create_connection((host, int(port))) as cut_off:
+        cut_off.sendall(b"GE")
+        await asyncio.sleep(0.05)  # so that a thread waits for the rest of the line
+        cut_off.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close by a reset
+    assert (await fetch(running, "/healthz"))[0] == 200
+    await until(lambda: not any("process_request_thread" in thread.name for thread in threading.enumerate()))
+    assert capfd.readouterr().err == ""
+
+
+async def test_a_probe_may_ask_by_head(running: Serving) -> None:
+    """HEAD gives the status and the length that GET would, and no body."""
+
+    def head() -> tuple[int, str | None, bytes]:
+        connection = http.client.HTTPConnection(running.addresses["http"], timeout=10)
+        with contextlib.closing(connection):
+            connection.request("HEAD", "/healthz")
+            answer = connection.getresponse()
+            return answer.status, answer.getheader("Content-Length"), answer.read()
+
+    assert await asyncio.to_thread(head) == (200, str(len('{"status": "serving"}\n')), b"")
 
 
 async def test_healthz_says_why_not(tmp_path: Path) -> None:
