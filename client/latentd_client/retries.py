@@ -66,7 +66,8 @@ class Retries:
 class Throttle:
     """Stops retries while most calls fail, so that clients do not keep an overloaded server down (gRFC A6).
 
-    Every failure takes a token, every success gives a tenth back; below half there are no retries.
+    Every failure that could be retried takes a token, every success gives a tenth back; below half there are no
+    retries. What the caller asked wrongly says nothing of the server and takes none.
     """
 
     tokens: float = _TOKENS
@@ -106,12 +107,14 @@ class Attempts:
         Raises:
             LatentdError: `error` itself, when it cannot be retried, attempts or time run out, or most calls fail.
         """
+        if not error.retryable:
+            raise error
         self.throttle.failed()
         if progress > self.progress:
             self.progress = progress
             self.fruitless = 0
         self.fruitless += 1
-        if not error.retryable or self.fruitless >= self.policy.max_attempts or not self.throttle.open:
+        if self.fruitless >= self.policy.max_attempts or not self.throttle.open:
             raise error
         backoff_s = self.policy.initial_backoff_s * self.policy.backoff_multiplier ** min(self.fruitless - 1, 32)
         delay_s = max(min(backoff_s, self.policy.max_backoff_s) * (0.8 + 0.4 * chance), error.retry_after_s or 0.0)

@@ -73,6 +73,15 @@ def test_what_cannot_be_cured_is_raised() -> None:
         Attempts(Retries(), Throttle()).delay_s(FieldsInvalid(), progress=5, remaining_s=99.0, chance=0)
 
 
+def test_wrong_requests_do_not_use_up_the_retries_of_others() -> None:
+    """After a hundred refusals that no retry cures, a server that is down for a moment is still tried again."""
+    throttle = Throttle()
+    for _ in range(100):
+        with pytest.raises(FieldsInvalid):
+            Attempts(Retries(), throttle).delay_s(FieldsInvalid(), progress=0, remaining_s=99.0, chance=0)
+    assert Attempts(Retries(), throttle).delay_s(Draining(), progress=0, remaining_s=99.0, chance=0) > 0
+
+
 @given(st.lists(st.booleans(), max_size=400))
 def test_the_throttle_bounds_retries(outcomes: list[bool]) -> None:
     """With f failures and s successes, at most 50 + s / 10 failures were allowed a retry."""
