@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -226,15 +227,28 @@ def determinism_class(digest: str, device: Device, threads: int, buckets: Mappin
     return f"{'certified' if certified else 'uncertified'}-{device.kind}-{text}"
 
 
+_CPU_NAMES = ("model name", "CPU implementer", "CPU part")
+_CPU_FEATURES = ("flags", "Features")
+_VECTOR_FEATURE = re.compile(r"sse|ssse|avx|fma|f16c|amx|asimd|sve|sme(?!p)|fphp|bf16|i8mm")
+
+
 @cache
-def _processor() -> str:
-    """The CPU's model, since kernels are chosen by what it can do."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return f"{platform.machine()} {line.split(':', 1)[1].strip()}"
-    return f"{platform.machine()} {platform.processor()}"
+def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's model and vector instructions, since kernels are chosen by what it can do.
+
+    The model alone does not tell: virtual machines show one name for several generations, and Arm shows numbers.
+    """
+    try:
+        text = cpuinfo.read_text(errors="replace")
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    first: dict[str, str] = {}  # what the first core says
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        first.setdefault(key.strip(), value.strip())
+    words = " ".join(first.get(key, "") for key in _CPU_FEATURES).split()
+    names = [first[key] for key in _CPU_NAMES if key in first]
+    return " ".join([platform.machine(), *names, *sorted(word for word in words if _VECTOR_FEATURE.match(word))])
 
 
 def _gpu_name(index: int) -> str:
