@@ -113,6 +113,7 @@ class Exchange:
         self._door = door
         self._peer = peer
         self._job_id: int | None = None
+        self._paused = False
 
     def on_event(self, event: Event) -> None:
         """Hear from the engine."""
@@ -142,7 +143,8 @@ class Exchange:
         return self._job_id is not None
 
     def pause(self, paused: bool) -> None:
-        """Let its job sit out, or ride again."""
+        """Let its job, and the jobs that follow it, sit out, or ride again."""
+        self._paused = paused
         if self._job_id is not None:
             (self._door.engine.pause if paused else self._door.engine.resume)(self._job_id)
 
@@ -168,6 +170,8 @@ class Exchange:
             raise
         except DeadlineError as error:
             raise DeadlineUnreachableError(str(error)) from error
+        if self._paused:
+            self._door.engine.pause(self._job_id)
 
     def _finished(self, event: Finished) -> None:
         raise NotImplementedError

@@ -297,6 +297,26 @@ async def test_steps_sent_ahead_are_taken_one_after_the_other(call: Any, engine:
     assert [(await call.read()).loop.timestep for _ in range(2)] == [10, -1]
 
 
+async def test_steps_sent_ahead_wait_for_a_slow_reader(call: Any, engine: ManualEngine) -> None:
+    """While too much waits to be read, the next step of a loop is lined up but sits out."""
+    await call.write(Request(id=1, open_denoise=opening(steps=9)))
+    assert (await call.read()).loop.timestep == 90
+    for _ in range(9):
+        await call.write(Request(id=1, take_step=pb.TakeStep()))
+    big = np.zeros((1, 1024, 1024), np.float32)
+    outputs = dict.fromkeys(("sample", "history", "denoised", "noise"), big)
+    for step in range(1, 9):
+        await until(lambda step=step: step in engine.jobs)  # type: ignore[misc]
+        if engine.jobs[step].paused:
+            break
+        engine.finish(step, outputs=outputs)
+        await asyncio.sleep(0)
+    assert engine.jobs[step].paused
+    for _ in range(step - 1):
+        await call.read()
+    await until(lambda: not engine.jobs[step].paused)
+
+
 async def test_a_wrong_step_ends_its_loop(call: Any, engine: ManualEngine) -> None:
     """What the caller wanted after it would start from somewhere else than it thinks."""
     await call.write(Request(id=1, open_denoise=opening()))
