@@ -18,6 +18,7 @@ from latentd_server import loops, resolve, respond
 from latentd_server.accounts import Account, Peer
 from latentd_server.delivery import Previews
 from latentd_server.failures import (
+    CancelledError,
     DeadlineError,
     DeadlineUnreachableError,
     DrainingError,
@@ -264,8 +265,9 @@ class LoopExchange(Exchange):
         del deadline  # opening takes no time
         if self._door.engine.draining:
             raise DrainingError
-        servable = self._servable(request.model)
-        self._opened, self._position = resolve.open_loop(request, servable, self._door.fresh_seed(), self._door.limits)
+        self._held = self._servable(request.model)
+        seed = self._door.fresh_seed()
+        self._opened, self._position = resolve.open_loop(request, self._held, seed, self._door.limits)
         self.account.seed = self._loop.job.seed
         self.reply.send(respond.loop_opened(self._loop, self._position, self._door.engine.queue_depth), 0, final=False)
 
@@ -294,6 +296,8 @@ class LoopExchange(Exchange):
         if self._step is not None:
             self._ahead.append((request, deadline))
             return
+        if self._servable(self.account.model) is not self._held:  # between steps a loop holds no model back
+            raise CancelledError("the model was loaded anew while this loop was open; open another")
         step = loops.take_step(request, self._loop, self._position)
         self._gathered = Gathered(self.lane_count)
         self._submit(step.job, deadline)

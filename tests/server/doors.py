@@ -43,7 +43,7 @@ class StaticRegistry:
     """Fulfils `latentd_server.exchange.Registry`."""
 
     def __init__(self, held: dict[str, Servable]) -> None:
-        self._held = held
+        self._held = dict(held)
         self.refusal: Exception | None = None  # raised by `get`
 
     def get(self, reference: str) -> Servable:
@@ -53,6 +53,10 @@ class StaticRegistry:
         if name not in self._held:
             raise ModelNotFoundError(reference, sorted(self._held))
         return self._held[name]
+
+    def exchange(self, name: str, servable: Servable) -> None:
+        """Another bundle takes a model's place."""
+        self._held[name] = servable
 
     def model(self, reference: str) -> model_pb2.Model:
         return self.get(reference).model

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -326,6 +327,27 @@ async def test_a_wrong_step_ends_its_loop(call: Any, engine: ManualEngine) -> No
     assert (message.final, message.error.message) == (True, "next_timestep: must be from -1 to 39; got 40")
     await call.write(Request(id=1, take_step=pb.TakeStep()))
     assert "open loop" in (await call.read()).error.message
+
+
+async def test_a_loop_ends_when_its_model_is_unloaded_or_exchanged(
+    served: Front, call: Any, held: dict[str, Any]
+) -> None:
+    """A step after that is refused as a new request would be, and never taken with other weights."""
+    registry = served.door.registry
+    assert isinstance(registry, StaticRegistry)
+    for request_id in (1, 2):
+        await call.write(Request(id=request_id, open_denoise=opening()))
+        await call.read()
+    registry.refusal = failures.ModelNotFoundError(D, [])
+    await call.write(Request(id=1, take_step=pb.TakeStep()))
+    message = await call.read()
+    assert (message.final, reason(message)) == (True, "MODEL_NOT_FOUND")
+    registry.refusal = None
+    registry.exchange(D, replace(held[D]))
+    await call.write(Request(id=2, take_step=pb.TakeStep()))
+    message = await call.read()
+    assert (message.final, reason(message)) == (True, "CANCELLED")
+    assert "loaded anew" in message.error.message
 
 
 async def test_a_wrong_step_sent_ahead_ends_its_loop_when_its_turn_comes(call: Any, engine: ManualEngine) -> None:
