@@ -19,6 +19,9 @@ Condition = generation_service_pb2.Condition
 
 MAX_INT32 = 2**31 - 1
 
+_MOST_LISTED = 64
+"""Violations that one list of values may add; the rest are counted, since a message may bring millions."""
+
 _PIXELS = tensor_pb2.DATA_TYPE_UINT8
 _FLOATS = (tensor_pb2.DATA_TYPE_FLOAT32, tensor_pb2.DATA_TYPE_FLOAT16)
 
@@ -65,6 +68,16 @@ class Fields:
         zero = "" if default is None or low <= 0 else f", or 0 for {default}"
         self.reject(path, f"must be from {low} to {high}{zero}; got {value}")
         return None
+
+    def integers(self, values: Sequence[int], path: str, low: int, high: int) -> NDArray[np.int64]:
+        """A list of integers from `low` to `high`, [n] i64; returned whether or not they all are."""
+        array = np.array(values, np.int64)
+        wrong = np.flatnonzero((array < low) | (array > high))
+        for index in wrong[:_MOST_LISTED].tolist():
+            self.integer(int(array[index]), f"{path}[{index}]", low, high)
+        if len(wrong) > _MOST_LISTED:
+            self.reject(path, f"{len(wrong) - _MOST_LISTED} more values are not from {low} to {high}")
+        return array
 
     def number(self, value: float, path: str, low: float, high: float) -> float | None:
         """A finite number from `low` to `high`."""
@@ -135,10 +148,7 @@ class Fields:
             return None if label is None or count is None else np.full(count, label, np.int64)
         if count is not None and many != count:
             self.reject("condition.class_labels", f"must hold {count} labels, one for each row; got {many}")
-        labels = np.array(condition.class_labels, np.int64)
-        for index in np.flatnonzero((labels < 0) | (labels >= wiring.class_count)).tolist():
-            self.integer(int(labels[index]), f"condition.class_labels[{index}]", 0, wiring.class_count - 1)
-        return labels
+        return self.integers(condition.class_labels, "condition.class_labels", 0, wiring.class_count - 1)
 
     def codes(self, condition: Condition, count: int | None, graph: Graph) -> NDArray[np.float32] | None:
         """The continuous codes, the same for every row, [n, k] f32; None if the graph takes none."""

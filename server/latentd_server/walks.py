@@ -237,8 +237,7 @@ def _per_row(fields: Fields, values: Sequence[int], path: str, count: int | None
     if len(values) not in (1, count or 1):
         many = "" if count in (None, 1) else f" or {count}, one for each row"
         fields.reject(path, f"must hold 1 value{many}; got {len(values)}")
-    for index, value in enumerate(values):
-        fields.integer(value, f"{path}[{index}]", low, high)
+    fields.integers(values, path, low, high)
     return list(values) * (count or 1) if len(values) == 1 else list(values)
 
 

@@ -342,3 +342,20 @@ def test_a_wrong_step_of_a_loop_is_named(step: Any, path: str, part: str, held: 
         loops.take_step(step, loop, position)
     assert caught.value.violations[0].path == path
     assert part in caught.value.violations[0].description
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "request_", "path"),
+    [
+        ("sample", V, Sample(condition=condition(class_labels=[-1] * 10_000)), "condition.class_labels"),
+        ("denoise_step", D, Denoise(noisy_samples=images(), timesteps=[-1] * 10_000), "timesteps"),
+    ],
+)
+def test_very_many_wrong_values_are_counted_not_listed(
+    method: str, name: str, request_: Any, path: str, held: dict[str, Any]
+) -> None:
+    """One request cannot keep the server busy with describing it: the first are named, the rest are a number."""
+    found = violations(method, request_, held[name])
+    assert f"{path}[0]" in found
+    assert found[path].startswith("9936 more values are not from 0 to")
+    assert len(found) < 100
