@@ -50,7 +50,7 @@ def _fields_invalid(error: failures.FieldsInvalidError) -> _Row:
         request.field_violations.add(field=_clip(violation.path), description=violation.description)
     listed = len(request.field_violations)
     more = f"; and {len(error.violations) - listed} more" if listed < len(error.violations) else ""
-    message = "; ".join(f"{v.field}: {v.description}" for v in request.field_violations)
+    message = "; ".join(f"{v.field}: {v.description}" if v.field else v.description for v in request.field_violations)
     return _Row(
         grpc.StatusCode.INVALID_ARGUMENT,
         Reason.FIELD_INVALID,

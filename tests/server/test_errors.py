@@ -149,3 +149,9 @@ def test_an_unexpected_failure_is_told_without_its_text_and_logged_with_its_stac
     assert "secret" not in str(refusal.status)
     assert "/secret/path" in caplog.text
     assert "Traceback" in caplog.text
+
+
+def test_a_violation_of_the_message_as_a_whole_has_no_path() -> None:
+    """What is wrong with no field in particular is said without a colon before it."""
+    refusal = errors.refusal(failures.FieldsInvalidError([Violation("", "its bytes cannot be read")]))
+    assert refusal.status.message == "its bytes cannot be read"
