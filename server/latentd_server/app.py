@@ -10,6 +10,7 @@ import os
 import platform
 import secrets
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ LINGER_SECONDS = 0.5
 """How long a draining server refuses calls in words (UNAVAILABLE, DRAINING) before it closes its port, after which
 calls that are on their way would be cancelled without one."""
 
+_MOST_PENDING_CALLS = 1_000_000
+
 _MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_THRESHOLD = -1, -3
 
 log = logging.getLogger("latentd")
@@ -68,6 +71,9 @@ class Shutdown:
         self.asked.set()
 
 
+SWITCH_INTERVAL_S = 1e-4
+
+
 def run(config: Config) -> None:
     """Serve until told to stop.
 
@@ -76,6 +82,9 @@ def run(config: Config) -> None:
         DeviceError: the device that was asked for cannot be used.
     """
     _tune_malloc()
+    # When a network call returns, the device thread needs the interpreter lock at once; by default the event loop
+    # may keep it for 5 ms more, which is longer than the call itself.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # the library leaves it untyped
     device = choose_device(config.device)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -227,6 +236,11 @@ def _new_server(config: Config) -> aio.Server:
             ("grpc.max_receive_message_length", config.max_message_mib * 2**20),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_concurrent_streams", config.max_streams),
+            # Calls beyond that wait at the client, and those beyond the next wait here. Otherwise gRPC cuts both off,
+            # as UNAVAILABLE and as CANCELLED, without a word in the log; refusing work is the engine's to do.
+            ("grpc.http.overload_protection", 0),
+            ("grpc.server.max_pending_requests", _MOST_PENDING_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING_CALLS),
             # Clients whose calls wait in silence may ping this often without being cut off.
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.keepalive_permit_without_calls", 1),

@@ -245,3 +245,15 @@ async def test_leaving_drains(tmp_path: Path) -> None:
         assert sorted(seen) == list(range(64))
         assert await call.code() is grpc.StatusCode.OK
         await asyncio.wait_for(leaving, 30)
+
+
+@pytest.mark.parametrize(("max_streams", "count"), [(16, 400), (10_000, 2500)])
+async def test_a_burst_of_calls_on_one_connection_is_answered(max_streams: int, count: int, tmp_path: Path) -> None:
+    """More calls than may be under way, or than gRPC would let wait, are neither cut off nor forgotten."""
+    async with serving(config(write_all(tmp_path), max_streams=max_streams), Device("cpu")) as running:
+        await until(lambda: not running.health.why_not_serving)
+        async with aio.insecure_channel(running.addresses["grpc"]) as channel:
+            models = model_service_pb2_grpc.ModelServiceStub(channel)
+            request = model_service_pb2.GetModelRequest(name="tiny-gan")
+            answers = await asyncio.gather(*(models.GetModel(request) for _ in range(count)))
+    assert {answer.model.name for answer in answers} == {"tiny-gan@1"}
