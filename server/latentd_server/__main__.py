@@ -1,4 +1,4 @@
-"""The command `latentd`. Exits 0 after an orderly end, 1 if it cannot serve, 2 if its settings are wrong."""
+"""The command `latentd`. Exits 0 after an orderly end, 1 if it cannot serve (any more), 2 if its settings are wrong."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ def main() -> None:
 
     try:
         app.run(config)
-    except (app.BindError, DeviceError) as error:
+    except (app.BindError, app.EngineError, DeviceError) as error:
         print(f"latentd: {error}", file=sys.stderr)
         sys.exit(1)
 

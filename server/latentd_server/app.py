@@ -53,6 +53,10 @@ class BindError(Exception):
     """A port cannot be opened."""
 
 
+class EngineError(Exception):
+    """The engine is gone; only a new process helps."""
+
+
 class Shutdown:
     """The first SIGTERM or SIGINT asks for an orderly end; the second ends the process at once."""
 
@@ -80,6 +84,7 @@ def run(config: Config) -> None:
     Raises:
         BindError: a port cannot be opened.
         DeviceError: the device that was asked for cannot be used.
+        EngineError: the engine failed.
     """
     _tune_malloc()
     # When a network call returns, the device thread needs the interpreter lock at once; by default the event loop
@@ -93,8 +98,13 @@ def run(config: Config) -> None:
 
 async def _serve_until_told(config: Config, device: Device) -> None:
     shutdown = Shutdown()  # before models load, which may take long
-    async with serving(config, device):
-        await shutdown.asked.wait()
+    async with serving(config, device) as running:
+        ends = [asyncio.create_task(event.wait()) for event in (shutdown.asked, running.engine.broken)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+    if running.engine.broken.is_set():
+        raise EngineError("the device thread failed, so nothing can be served; the log has the details")
     log.info("stopped")
 
 

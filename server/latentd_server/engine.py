@@ -5,6 +5,7 @@ batch goes back to the event loop in one hop. The two sides meet in a queue of c
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import queue
@@ -72,6 +73,7 @@ class Engine:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self.broken = asyncio.Event()  # the device thread is gone; nothing will be answered any more
         self._backlog = 0
         self._backlog_lock = threading.Lock()
         self._evaluations_per_s = 0.0  # a running mean, for retry hints
@@ -81,7 +83,7 @@ class Engine:
         self._runners: dict[GraphKey, Runner] = {}
         self._scheduler = Scheduler(max_rows)
         self._outbox: list[tuple[int, Event]] = []
-        self._thread = threading.Thread(target=self._run, name="latentd-device", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="latentd-device", daemon=True)
         self._thread.start()
 
     # ---- the event loop's side -------------------------------------------------------------------------------
@@ -204,7 +206,21 @@ class Engine:
                 log.exception("a sink failed; its job is given up")
                 self.cancel(job_id)
 
+    def _break_down(self) -> None:
+        """Turn everybody away: what was accepted may be asked of another server."""
+        self._draining = True
+        self._deliver([(job_id, Failed(DrainingError())) for job_id in self._sinks])
+        self.broken.set()
+
     # ---- the device thread's side ----------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            self._run()
+        except Exception:  # a bug of ours: failures of a network call are dealt with where they happen
+            log.critical("the device thread failed", exc_info=True)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._break_down)
 
     def _run(self) -> None:
         while self._take_commands():

@@ -350,6 +350,22 @@ async def test_a_deadline_may_lie_further_ahead_than_any_wait(bench: Bench) -> N
     await asyncio.wait_for(over.wait(), 30)
 
 
+async def test_nobody_waits_for_a_device_thread_that_is_gone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug in planning ends the thread: jobs under way end as retryable, new ones are refused, the engine says so."""
+    bench = await Bench.start(root)
+    jobs = [asyncio.create_task(bench.events(bench.steps("ddim", 90, seed=seed))) for seed in range(3)]
+    await asyncio.sleep(0)
+    monkeypatch.setattr(bench.engine._scheduler, "plan", lambda now_s: 1 / 0)
+    for events in await asyncio.gather(*jobs):
+        assert isinstance(events[-1], Failed)
+        assert isinstance(events[-1].error, DrainingError)
+    await asyncio.wait_for(bench.engine.broken.wait(), 30)
+    with pytest.raises(DrainingError):
+        bench.engine.submit(bench.steps(), caller="x", deadline=None, sink=lambda event: None)
+    await bench.engine.drained()
+    await bench.engine.close()
+
+
 class Saboteur:
     """A runner that fails whenever a marked seed is in the call, as a bad row does."""
 

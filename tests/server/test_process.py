@@ -180,3 +180,18 @@ def test_sigterm_while_models_load_ends_in_order(start: Any) -> None:
     process.process.send_signal(signal.SIGTERM)
     assert process.end() == 0
     assert process.lines[-1]["message"] == "stopped"
+
+
+def test_a_broken_engine_exits_1_with_one_clear_line(models_root: Path) -> None:
+    """A server that can answer nothing any more ends by itself, so that it is started anew."""
+    program = (
+        "from latentd_server.__main__ import main; from latentd_server.scheduler import Scheduler\n"
+        "Scheduler.plan = lambda self, now_s: 1 / 0\n"
+        "main()"
+    )
+    local = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--device", "cpu", "--threads", "1")
+    command = [sys.executable, "-c", program, "--models", str(models_root), *local]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("latentd: the device thread failed")
+    assert "ZeroDivisionError" in ended.stderr
