@@ -105,7 +105,7 @@ def _step_runner(
             "timestep": feeds[by_source[_Source.SOURCE_TIMESTEP]],
             "reset": np.ones(count, bool),
             "w": np.ones(count, np.float32),
-            "coefficients": rng.standard_normal((len(samplers.COLUMNS), count), np.float32),
+            "coefficients": rng.standard_normal((len(samplers.COLUMNS), count, *[1] * len(shape)), np.float32),
         }
         return images | step | ({"label": feeds[label]} if label is not None else {})
 

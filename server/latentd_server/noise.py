@@ -94,10 +94,12 @@ def labels(seed: int, samples: Indices, cumulative: NDArray[np.float64]) -> Indi
 def philox(counter: Words, key: Words) -> Words:
     """Philox4x32-10, element by element: [4, k] counter words and [2, k] key words give [4, k] random words."""
     even, odd = counter[0::2], counter[1::2]
-    for round_index in range(_ROUNDS):
+    rounds = np.arange(_ROUNDS, dtype=np.uint64)[:, None, None]
+    for round_key in (key + rounds * _KEY_INCREMENTS) & _WORD:
         product: Words = even * _MULTIPLIERS
-        round_key = (key + np.uint64(round_index) * _KEY_INCREMENTS) & _WORD
-        even, odd = (product >> _HALF)[::-1] ^ odd ^ round_key, (product & _WORD)[::-1]
+        even = (product >> _HALF)[::-1] ^ odd
+        even ^= round_key
+        odd = (product & _WORD)[::-1]
     return np.stack([even, odd], axis=1).reshape(counter.shape)
 
 

@@ -236,8 +236,8 @@ class StepRunner:
         row = np.concatenate(rows)
         label, timestep = np.zeros((2, size), np.int64)
         label[:lane], timestep[:lane] = np.concatenate(labels), timesteps
-        table = np.zeros((len(samplers.COLUMNS), size), np.float32)
-        table[:, :lane] = np.array(coefficients).T
+        table = np.zeros((len(samplers.COLUMNS), size, *[1] * len(self._shape)), np.float32)
+        table.reshape(len(samplers.COLUMNS), size)[:, :lane] = np.array(coefficients).T
         feeds: Feeds = {
             **self._state,
             "x_init": x_init,

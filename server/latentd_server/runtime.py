@@ -160,7 +160,7 @@ def certify(graph: CompiledGraph, make: Callable[[int, np.random.Generator], Fee
     Args:
         graph: What to try.
         make: Random feeds for so many rows, every array batched on its first axis but for `coefficients`,
-            which is batched on its last.
+            which is batched on its second.
         max_rows: The largest bucket.
     """
     rows = make(max_rows, np.random.default_rng(0))
@@ -189,7 +189,7 @@ def _is_steady(graph: CompiledGraph, rows: Feeds, size: int, answer: list[Array]
         for name, array in feeds.items():
             if array.dtype == np.float32:
                 others = np.arange(size) != slot
-                array[(..., others) if name == "coefficients" else others] = hostile
+                array[(slice(None), others) if name == "coefficients" else others] = hostile
         got = [output[slot].tobytes() for output in graph.run(graph.outputs, feeds)]
         if got != want:
             return False
@@ -197,7 +197,7 @@ def _is_steady(graph: CompiledGraph, rows: Feeds, size: int, answer: list[Array]
 
 
 def _take(rows: Feeds, which: NDArray[np.int64]) -> Feeds:
-    taken = {name: array[..., which] if name == "coefficients" else array[which] for name, array in rows.items()}
+    taken = {name: array[:, which] if name == "coefficients" else array[which] for name, array in rows.items()}
     for name in ("lane", "row_u", "row_c"):  # these say which row belongs to which: every row to itself
         if name in taken:
             taken[name] = np.arange(len(which))

@@ -44,8 +44,8 @@ def build(
 
     Returns:
         A serialized model with inputs x, h [p, *S] f32; x_init, h_init, z [n, *S] f32; slot, lane, timestep,
-        label, row_u, row_c [n] i64; reset [n] bool; w [n] f32; coefficients [len(COLUMNS), n] f32, rows in the
-        order of `samplers.COLUMNS`; and the outputs of `OUTPUTS`.
+        label, row_u, row_c [n] i64; reset [n] bool; w [n] f32; coefficients [len(COLUMNS), n, 1, ...] f32, rows
+        in the order of `samplers.COLUMNS`, with as many trailing 1s as S has axes; and the outputs of `OUTPUTS`.
     """
     net = onnx.load_model_from_string(denoiser)
     opset = next(entry.version for entry in net.opset_import if entry.domain in ("", "ai.onnx"))
@@ -67,7 +67,9 @@ def build(
     if label is not None:
         inputs.append(vector("label", TensorProto.INT64))
     inputs += [vector("reset", TensorProto.BOOL), vector("w", TensorProto.FLOAT)]
-    inputs.append(helper.make_tensor_value_info("coefficients", TensorProto.FLOAT, [len(COLUMNS), "n"]))
+    inputs.append(
+        helper.make_tensor_value_info("coefficients", TensorProto.FLOAT, [len(COLUMNS), "n", *[1] * len(shape)])
+    )
     graph = helper.make_graph(
         [*_before(), *net.graph.node, *_after()],
         "latentd_step",
@@ -91,11 +93,13 @@ def _rename(model: ModelProto, names: dict[str, str]) -> None:
 
 
 def _constants(rank: int) -> list[TensorProto]:
-    """Axes that make a vector [n] broadcast over [n, *S], and an index for each column of the table."""
+    """Axes that make a vector [n] broadcast over [n, *S], and the one that the table's columns leave behind."""
     axes = helper.make_tensor("sample_axes", TensorProto.INT64, [rank], list(range(1, rank + 1)))
-    ones = helper.make_tensor("one", TensorProto.FLOAT, [], [1.0])
-    columns = [helper.make_tensor(f"column_{name}", TensorProto.INT64, [], [i]) for i, name in enumerate(COLUMNS)]
-    return [axes, ones, *columns]
+    return [
+        axes,
+        helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]),
+        helper.make_tensor("column_axis", TensorProto.INT64, [1], [0]),
+    ]
 
 
 def _before() -> list[NodeProto]:
@@ -118,9 +122,9 @@ def _after() -> list[NodeProto]:
         nodes.append(helper.make_node(kind, list(inputs), [out]))
         return out
 
-    for name in COLUMNS:
-        op("Gather", "coefficients", f"column_{name}", out=f"{name}_vector")
-        op("Unsqueeze", f"{name}_vector", "sample_axes", out=f"k_{name}")
+    # Columns are [1, n, 1, ...], so what they are combined to is [1, n, *S] until its first axis is squeezed out.
+    columns = [f"k_{name}" for name in COLUMNS]
+    nodes.append(helper.make_node("Split", ["coefficients"], columns, axis=0, num_outputs=len(columns)))
 
     def combine(out: str, *terms: tuple[str, str]) -> str:
         products = [op("Mul", f"k_{column}", value, out=f"{out}_{column}") for column, value in terms]
@@ -137,10 +141,11 @@ def _after() -> list[NodeProto]:
     op("Mul", "w_u", "m_u", out="m_u_part")
     op("Mul", "w_c", "m_c", out="m_c_part")
     op("Add", "m_u_part", "m_c_part", out="m")
-    combine("x0_free", ("px", "xe"), ("pm", "m"))
-    op("Min", "x0_free", "k_hi", out="x0_below")
-    op("Max", "x0_below", "k_lo", out="x0")
-    combine("x_next", ("a", "xe"), ("b", "x0"), ("c", "hr"), ("d", "m"), ("s", "z"))
-    combine("h_next", ("e", "xe"), ("f", "x0"), ("g", "hr"))
-    combine("eps", ("ex", "xe"), ("em", "m"))
+    op("Min", combine("x0_free", ("px", "xe"), ("pm", "m")), "k_hi", out="x0_below")
+    op("Max", "x0_below", "k_lo", out="x0_wide")
+    combine("x_wide", ("a", "xe"), ("b", "x0_wide"), ("c", "hr"), ("d", "m"), ("s", "z"))
+    combine("h_wide", ("e", "xe"), ("f", "x0_wide"), ("g", "hr"))
+    combine("eps_wide", ("ex", "xe"), ("em", "m"))
+    for wide, out in (("x_wide", "x_next"), ("h_wide", "h_next"), ("x0_wide", "x0"), ("eps_wide", "eps")):
+        op("Squeeze", wide, "column_axis", out=out)
     return nodes
