@@ -34,6 +34,8 @@ Sink = Callable[[Event], None]
 
 log = logging.getLogger(__name__)
 
+_ESTIMATE_LASTS_S = 5.0
+"""How long the duration of a network call is believed while no other call is timed."""
 _LONGEST_WAIT_S = 3600.0
 """The device thread wakes at least this often; a caller's deadline may lie further ahead than a wait can be long."""
 
@@ -77,7 +79,8 @@ class Engine:
         self._backlog = 0
         self._backlog_lock = threading.Lock()
         self._evaluations_per_s = 0.0  # a running mean, for retry hints
-        self._fastest_call_s: dict[GraphKey, float] = {}  # of late, for deadlines that no load can explain
+        # For deadlines that no load can explain: of late, and when a call was last timed.
+        self._fastest_call_s: dict[GraphKey, tuple[float, float]] = {}
         # From here on: the device thread's own.
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._runners: dict[GraphKey, Runner] = {}
@@ -115,7 +118,7 @@ class Engine:
         if self._draining:
             raise DrainingError
         if deadline is not None:
-            self._check_reachable(job, deadline - now)
+            self._check_reachable(job, deadline - now, now)
         evaluations = job.lane_count * job.evaluations_per_lane
         with self._backlog_lock:
             # An idle server takes any job that the door let in, however large.
@@ -174,13 +177,15 @@ class Engine:
             return 1.0
         return min(30.0, max(0.05, self._backlog / 2 / self._evaluations_per_s))
 
-    def _check_reachable(self, job: Job, left_s: float) -> None:
+    def _check_reachable(self, job: Job, left_s: float, now: float) -> None:
         """Refuse what cannot be done in time even alone: a lane's evaluations follow one another."""
         if left_s <= 0:
             raise DeadlineUnreachableError("the deadline has passed before the request was admitted", 0.0)
         calls = job.evaluations_per_lane // job.rows_per_lane
-        estimate_s = calls * self._fastest_call_s.get(graph_key(job), 0.0)
-        if estimate_s > left_s:
+        call_s, timed_s = self._fastest_call_s.get(graph_key(job), (0.0, now))
+        estimate_s = calls * call_s
+        # An old measurement refuses nobody, or after one slow call everybody might be refused and none measured again.
+        if estimate_s > left_s and now - timed_s < _ESTIMATE_LASTS_S:
             text = f"{calls} evaluations one after another take {estimate_s:.3g} s or more; {left_s:.3g} s are left"
             raise DeadlineUnreachableError(text, estimate_s)
 
@@ -268,7 +273,8 @@ class Engine:
         rows = batch.rows
         self._count(-rows)
         # The fastest call forgets slowly, so that one lucky measurement does not bind for ever.
-        self._fastest_call_s[batch.key] = min(seconds, 1.01 * self._fastest_call_s.get(batch.key, seconds))
+        fastest_s, _ = self._fastest_call_s.get(batch.key, (seconds, 0.0))
+        self._fastest_call_s[batch.key] = min(seconds, 1.01 * fastest_s), started + seconds
         rate = rows / max(seconds, 1e-9)
         self._evaluations_per_s += (rate - self._evaluations_per_s) * (0.1 if self._evaluations_per_s else 1.0)
         padded = runner.padded(rows) if runner else rows

@@ -256,6 +256,27 @@ async def test_a_deadline_that_no_load_explains_is_refused_with_an_estimate(root
     await engine.close()
 
 
+async def test_one_slow_call_does_not_refuse_everybody_for_ever(root: Path) -> None:
+    """Where an estimate refuses all that would be measured anew, it is forgotten, and the next caller is accepted."""
+    now, per_call = [0.0], [1.0]
+
+    def clock() -> float:
+        now[0] += per_call[0]
+        return now[0]
+
+    engine = Engine(Metrics(), max_rows=MAX_ROWS, max_backlog=100_000, clock=clock)
+    registry = Registry(root, engine, Device("cpu"), threads=1, max_rows=MAX_ROWS)
+    await registry.load_all()
+    bench = Bench(engine, registry, Metrics())
+    await bench.result(bench.steps("ddim", 1))  # takes a second by this clock, as on a machine that is busy otherwise
+    per_call[0] = 0.0
+    with pytest.raises(DeadlineUnreachableError):
+        engine.submit(bench.steps("ddim", 50), caller="x", deadline=now[0] + 2, sink=lambda event: None)
+    now[0] += 10.0
+    assert isinstance((await bench.events(bench.steps("ddim", 50), deadline=now[0] + 2))[-1], Finished)
+    await engine.close()
+
+
 async def test_drain_refuses_the_new_and_finishes_the_old(bench: Bench) -> None:
     """After `drain` a submit is refused, and every accepted lane still arrives."""
     accepted = asyncio.create_task(bench.result(bench.steps("ddim", 20, lanes=12)))
