@@ -81,8 +81,9 @@ class Engine:
         self._evaluations_per_s = 0.0  # a running mean, for retry hints
         # For deadlines that no load can explain: of late, and when a call was last timed.
         self._fastest_call_s: dict[GraphKey, tuple[float, float]] = {}
+        self._untold: list[Callable[[], None] | None] = []
         # From here on: the device thread's own.
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[list[Callable[[], None] | None]] = queue.SimpleQueue()
         self._runners: dict[GraphKey, Runner] = {}
         self._scheduler = Scheduler(max_rows)
         self._outbox: list[tuple[int, Event]] = []
@@ -129,21 +130,21 @@ class Engine:
         self._sinks[job_id] = sink
         self._models[job_id] = job.model
         self._idle.clear()
-        self._commands.put(lambda: self._admit(job_id, job, caller, now, deadline))
+        self._tell(lambda: self._admit(job_id, job, caller, now, deadline))
         return job_id
 
     def cancel(self, job_id: int) -> None:
         """Give a job up: its lanes ride in no later batch and its sink hears no more."""
         if self._forget_sink(job_id):
-            self._commands.put(lambda: self._drop(job_id))
+            self._tell(lambda: self._drop(job_id))
 
     def pause(self, job_id: int) -> None:
         """Let a job's lanes sit out until `resume`; its deadline goes on."""
-        self._commands.put(lambda: self._scheduler.pause(job_id, True))
+        self._tell(lambda: self._scheduler.pause(job_id, True))
 
     def resume(self, job_id: int) -> None:
         """Let a paused job's lanes ride again."""
-        self._commands.put(lambda: self._scheduler.pause(job_id, False))
+        self._tell(lambda: self._scheduler.pause(job_id, False))
 
     def drain(self) -> None:
         """Refuse new work from now on; what was accepted is finished."""
@@ -160,16 +161,30 @@ class Engine:
 
     def attach(self, runners: dict[GraphKey, Runner]) -> None:
         """Take over the graphs of a model that is about to be served."""
-        self._commands.put(lambda: self._runners.update(runners))
+        self._tell(lambda: self._runners.update(runners))
 
     def detach(self, model: str) -> None:
         """Let go of a model's graphs; its last job must be over."""
-        self._commands.put(lambda: self._let_go(model))
+        self._tell(lambda: self._let_go(model))
 
     async def close(self) -> None:
         """Stop the device thread after the batch under way. Unfinished jobs are not told."""
-        self._commands.put(None)
+        self._tell(None)
         await asyncio.to_thread(self._thread.join)
+
+    def _tell(self, command: Callable[[], None] | None) -> None:
+        """Have the device thread do something; None ends it.
+
+        What one turn of the event loop asks for is handed over together: requests that arrive in one go then ride in
+        one batch, and the thread is woken once.
+        """
+        if not self._untold:
+            self._loop.call_soon(self._hand_over)
+        self._untold.append(command)
+
+    def _hand_over(self) -> None:
+        commands, self._untold = self._untold, []
+        self._commands.put(commands)
 
     def _retry_after_s(self) -> float:
         """When the backlog may have shrunk by half, within sensible bounds."""
@@ -244,12 +259,13 @@ class Engine:
             timeout = min(max(0.0, deadline - self._clock()), _LONGEST_WAIT_S)
         while True:
             try:
-                command = self._commands.get(block, timeout)
+                commands = self._commands.get(block, timeout)
             except queue.Empty:
                 return True
-            if command is None:
-                return False
-            command()
+            for command in commands:
+                if command is None:
+                    return False
+                command()
             block, timeout = False, None
 
     def _admit(self, job_id: int, job: Job, caller: str, now: float, deadline: float | None) -> None:
