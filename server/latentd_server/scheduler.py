@@ -16,6 +16,7 @@ The rules:
 * A cancelled, expired or paused job rides in no later batch. What it had been given is wasted, and counted.
 """
 
+import heapq
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -25,6 +26,9 @@ from latentd_server.job import CallJob, Cost, Job, StepJob
 
 GraphKey: TypeAlias = "tuple[str, bundle_pb2.Network.Role.ValueType]"
 """Canonical model name and `Network.Role`: what a batch is of."""
+
+_STALE_DEADLINES = 1000
+"""How many deadlines of jobs that are gone may be kept, beyond as many as there are jobs."""
 
 
 @dataclass(slots=True)
@@ -60,6 +64,7 @@ class Entry:
     cohorts: list[Cohort]  # waiting to ride, furthest along first
     riding: int = 0  # lanes in the batch under way
     paused: bool = False
+    ready: bool = False  # has lanes that may ride; kept by the scheduler
     key: GraphKey = field(init=False)
     rows_per_lane: int = field(init=False)
     evaluation_count: int = field(init=False)  # of one lane's walk
@@ -119,20 +124,32 @@ class Arrival:
 
 
 @dataclass(slots=True)
+class _Caller:
+    """One caller's work on one graph."""
+
+    served: float  # rows, on the clock of its queue's `level`
+    entries: dict[int, Entry] = field(default_factory=dict)  # in order of arrival
+    ready: int = 0  # entries with lanes that may ride
+
+    def wanted(self, most: int) -> int:
+        """Rows that its lanes could take now, counted up to `most`."""
+        rows = 0
+        for entry in self.entries.values():
+            if entry.ready:
+                rows += entry.waiting_rows
+                if rows >= most:
+                    return most
+        return rows
+
+
+@dataclass(slots=True)
 class _Queue:
     """The work of one graph."""
 
-    served: float = 0.0  # seconds of the device
-    entries: dict[int, Entry] = field(default_factory=dict)  # in order of arrival
-    callers: dict[str, float] = field(default_factory=dict)  # rows served to each caller at work
-
-    def runnable(self) -> dict[str, list[Entry]]:
-        """Entries with lanes that may ride, by caller, in order of arrival."""
-        found: dict[str, list[Entry]] = {}
-        for entry in self.entries.values():
-            if entry.cohorts and not entry.paused:
-                found.setdefault(entry.caller, []).append(entry)
-        return found
+    served: float  # seconds of the device
+    level: float = 0.0  # rows served to the least served of the callers at work; where newcomers start
+    callers: dict[str, _Caller] = field(default_factory=dict)
+    ready: dict[str, _Caller] = field(default_factory=dict)  # those with lanes that may ride
 
 
 def graph_key(job: Job) -> GraphKey:
@@ -148,7 +165,9 @@ class Scheduler:
             raise ValueError(f"max_rows must be at least 2, since a guided lane takes two rows; got {max_rows}")
         self._max_rows = max_rows
         self._queues: dict[GraphKey, _Queue] = {}
+        self._level = 0.0  # seconds served to the least served of the graphs with work; where newcomers start
         self._entries: dict[int, Entry] = {}
+        self._deadlines: list[tuple[float, int]] = []  # a heap; jobs that are gone stay in it until they come up
 
     def __repr__(self) -> str:
         lines = (
@@ -164,15 +183,17 @@ class Scheduler:
     def add(self, job_id: int, job: Job, caller: str, now_s: float, deadline_s: float | None = None) -> Entry:
         """Put a job on the books."""
         entry = Entry(job_id, job, caller, now_s, deadline_s, [Cohort(0, job.lane_count, 0)])
-        queue = self._queues.setdefault(entry.key, _Queue())
-        # No credit for time away: a newcomer starts level with the least served of those at work.
-        if not queue.entries:
-            busy = (other.served for other in self._queues.values() if other.entries)
-            queue.served = max(queue.served, min(busy, default=0.0))
-        if caller not in queue.callers:
-            queue.callers[caller] = min(queue.callers.values(), default=0.0)
-        queue.entries[job_id] = entry
+        queue = self._queues.setdefault(entry.key, _Queue(self._level))
+        if not queue.callers:  # no credit for time away
+            queue.served = max(queue.served, self._level)
+        queue.callers.setdefault(caller, _Caller(queue.level)).entries[job_id] = entry
         self._entries[job_id] = entry
+        if deadline_s is not None:
+            heapq.heappush(self._deadlines, (deadline_s, job_id))
+            if len(self._deadlines) > 2 * len(self._entries) + _STALE_DEADLINES:
+                self._deadlines = [(e.deadline_s, e.job_id) for e in self._entries.values() if e.deadline_s is not None]
+                heapq.heapify(self._deadlines)
+        self._refresh(entry)
         return entry
 
     def remove(self, job_id: int) -> int:
@@ -182,11 +203,27 @@ class Scheduler:
             return 0
         wasted = sum(cohort.count * cohort.cost.evaluations for cohort in entry.cohorts)
         entry.cohorts.clear()
+        self._refresh(entry)
         queue = self._queues[entry.key]
-        del queue.entries[job_id]
-        if not any(other.caller == entry.caller for other in queue.entries.values()):
+        caller = queue.callers[entry.caller]
+        del caller.entries[job_id]
+        if not caller.entries:
             del queue.callers[entry.caller]
         return wasted
+
+    def _refresh(self, entry: Entry) -> None:
+        """Keep count of who may ride, after a change to an entry's cohorts or its pause."""
+        ready = bool(entry.cohorts) and not entry.paused
+        if ready == entry.ready:
+            return
+        entry.ready = ready
+        queue = self._queues[entry.key]
+        caller = queue.callers[entry.caller]
+        caller.ready += 1 if ready else -1
+        if caller.ready:
+            queue.ready[entry.caller] = caller
+        else:
+            queue.ready.pop(entry.caller, None)
 
     def find(self, job_id: int) -> Entry | None:
         """A job on the books."""
@@ -195,66 +232,92 @@ class Scheduler:
     @property
     def can_ride(self) -> bool:
         """Whether `plan` would return a batch."""
-        return any(entry.cohorts and not entry.paused for entry in self._entries.values())
+        return any(queue.ready for queue in self._queues.values())
 
     def pause(self, job_id: int, paused: bool) -> None:
         """Let a job's lanes sit out, or ride again."""
-        if job_id in self._entries:
-            self._entries[job_id].paused = paused
+        entry = self._entries.get(job_id)
+        if entry is not None:
+            entry.paused = paused
+            self._refresh(entry)
 
     def expired(self, now_s: float) -> list[int]:
-        """Jobs whose deadline has passed."""
-        return [
-            entry.job_id
-            for entry in self._entries.values()
-            if entry.deadline_s is not None and entry.deadline_s <= now_s
-        ]
+        """Jobs whose deadline has passed, each named once."""
+        late = []
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            job_id = heapq.heappop(self._deadlines)[1]
+            if job_id in self._entries:
+                late.append(job_id)
+        return late
 
     def next_deadline_s(self) -> float | None:
         """When the next job expires, if nothing else happens."""
-        return min((e.deadline_s for e in self._entries.values() if e.deadline_s is not None), default=None)
+        while self._deadlines and self._deadlines[0][1] not in self._entries:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
 
     def plan(self, now_s: float) -> Batch | None:
         """The next batch, or None if no lane may ride. The lanes in it ride until `complete`."""
-        ready = [(queue, callers) for queue in self._queues.values() if (callers := queue.runnable())]
-        if not ready:
+        queue = min((q for q in self._queues.values() if q.ready), key=lambda q: q.served, default=None)
+        if queue is None:
             return None
-        queue, callers = min(ready, key=lambda item: item[0].served)
+        self._level = max(self._level, queue.served)
+        # More callers than rows cannot ride; those who wait longest are among the least served.
+        callers = heapq.nsmallest(self._max_rows, queue.ready.values(), key=lambda caller: caller.served)
+        queue.level = max(queue.level, callers[0].served)
         segments: list[Segment] = []
         left = self._max_rows
-        for name, rows in self._allot(queue, callers).items():
-            riders = _board(callers[name], rows)
-            segments += riders
-            left -= sum(segment.rows for segment in riders)
-        if left and len(callers) > 1:  # rows that nobody's lanes fitted exactly
-            for name in sorted(callers, key=queue.callers.__getitem__):
-                riders = _board(callers[name], left)
+        # The second round gives away what nobody's lanes fitted exactly.
+        for rows in (self._shares(callers), None):
+            for index, caller in enumerate(callers):
+                if not left:
+                    break
+                riders = self._board(caller, left if rows is None else rows[index])
+                taken = sum(segment.rows for segment in riders)
+                caller.served += taken
+                left -= taken
                 segments += riders
-                left -= sum(segment.rows for segment in riders)
         for segment in segments:
-            queue.callers[segment.entry.caller] += segment.rows
             segment.entry.riding += segment.count
             if segment.cohort.position == 0:
                 segment.cohort.cost.queue_s = now_s - segment.entry.admitted_s
         return Batch(segments[0].entry.key, segments)
 
-    def _allot(self, queue: "_Queue", callers: dict[str, list[Entry]]) -> dict[str, int]:
-        """Rows for each caller: one lane's worth each, the least served first, then equal shares of the rest."""
+    def _shares(self, callers: list[_Caller]) -> list[int]:
+        """Rows for each caller, least served first: one lane's worth each, then equal shares of the rest."""
         left = self._max_rows
         if len(callers) == 1:
-            return dict.fromkeys(callers, left)
-        allotted: dict[str, int] = {}
-        for name in sorted(callers, key=queue.callers.__getitem__):
-            rows = callers[name][0].rows_per_lane
-            if rows <= left:
-                allotted[name] = rows
-                left -= rows
-        wanted = {name: sum(entry.waiting_rows for entry in callers[name]) - rows for name, rows in allotted.items()}
-        for index, name in enumerate(sorted(wanted, key=wanted.__getitem__)):
-            share = min(wanted[name], left // (len(wanted) - index))
-            allotted[name] += share
-            left -= share
-        return allotted
+            return [left]
+        shares = []
+        for caller in callers:
+            first = next(entry for entry in caller.entries.values() if entry.ready)
+            shares.append(first.rows_per_lane if first.rows_per_lane <= left else 0)
+            left -= shares[-1]
+        wanted = [
+            caller.wanted(self._max_rows) - share if share else 0 for caller, share in zip(callers, shares, strict=True)
+        ]
+        order = sorted((index for index in range(len(callers)) if wanted[index]), key=wanted.__getitem__)
+        for done, index in enumerate(order):
+            extra = min(wanted[index], left // (len(order) - done))
+            shares[index] += extra
+            left -= extra
+        return shares
+
+    def _board(self, caller: _Caller, rows: int) -> list[Segment]:
+        """Seat a caller's lanes in up to `rows` rows: its oldest jobs first, skipping lanes that do not fit."""
+        segments: list[Segment] = []
+        for entry in caller.entries.values():
+            if not rows:
+                break
+            per_lane = entry.rows_per_lane
+            while entry.ready and rows >= per_lane:
+                cohort = entry.cohorts[0]
+                count = min(cohort.count, rows // per_lane)
+                riders = entry.cohorts.pop(0) if count == cohort.count else cohort.split(count)
+                self._refresh(entry)
+                segments.append(Segment(entry, riders, count, count * per_lane))
+                rows -= count * per_lane
+        return segments
 
     def complete(self, batch: Batch, seconds: float) -> list[Arrival]:
         """Move the riders on by one evaluation, `seconds` after they set off; one arrival a segment, in order."""
@@ -272,22 +335,9 @@ class Scheduler:
             done = cohort.position == entry.evaluation_count
             if not done:
                 _insert(entry.cohorts, cohort)
+                self._refresh(entry)
             arrivals.append(Arrival(segment, done, done and entry.is_over))
         return arrivals
-
-
-def _board(entries: list[Entry], rows: int) -> list[Segment]:
-    """Seat lanes in up to `rows` rows: one caller's jobs, oldest first, skipping lanes that do not fit."""
-    segments: list[Segment] = []
-    for entry in entries:
-        per_lane = entry.rows_per_lane
-        while entry.cohorts and rows >= per_lane:
-            cohort = entry.cohorts[0]
-            count = min(cohort.count, rows // per_lane)
-            riders = entry.cohorts.pop(0) if count == cohort.count else cohort.split(count)
-            segments.append(Segment(entry, riders, count, count * per_lane))
-            rows -= count * per_lane
-    return segments
 
 
 def _insert(cohorts: list[Cohort], cohort: Cohort) -> None:

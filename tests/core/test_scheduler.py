@@ -190,6 +190,18 @@ def test_expiry_names_the_jobs_that_are_late() -> None:
     assert scheduler.expired(3.0) == [2]
 
 
+def test_deadlines_of_finished_jobs_are_forgotten() -> None:
+    """Far deadlines of jobs long gone take no memory, and those of jobs on the books are kept."""
+    scheduler = Scheduler(ROWS)
+    scheduler.add(0, steps(1, 1), "x", 0.0, deadline_s=7.0)
+    for job in range(1, 5000):
+        scheduler.add(job, steps(1, 1), "x", 0.0, deadline_s=1e12)
+        scheduler.remove(job)
+    assert len(scheduler._deadlines) < 1100
+    assert scheduler.next_deadline_s() == 7.0
+    assert scheduler.expired(8.0) == [0]
+
+
 def test_removal_counts_what_was_wasted() -> None:
     """Evaluations of unfinished lanes are wasted; those of finished lanes are not."""
     scheduler = Scheduler(ROWS)
