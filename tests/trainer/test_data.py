@@ -105,7 +105,9 @@ def test_npz_without_labels_is_one_class(tmp_path: Path) -> None:
         ({"x": images(4, 8, 8), "y": np.zeros(4)}, "labels must be integers .* found float64"),
         ({"x": images(4, 8, 8), "y": np.arange(4)}, "every class needs at least 2 images"),
         ({"x": images(4, 8, 8), "levels": 4}, "pixels must be from 0 to 3"),
-        ({"x": images(4, 8, 8), "levels": 1}, "`levels` must be from 2 to 256"),
+        ({"x": images(4, 8, 8), "levels": 1}, "`levels` must be one integer from 2 to 256"),
+        ({"x": images(4, 8, 8), "levels": [256, 256]}, r"one integer from 2 to 256, found int64 \[256, 256\]"),
+        ({"x": images(40, 8, 8), "y": np.arange(40)}, r"too few in: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 30 more$"),
         ({"pictures": images(4, 8, 8)}, "must hold arrays named x and y.*found pictures"),
         ({"x": np.array([{}])}, "without pickled objects"),
         ({"x": images(0, 8, 8)}, "there are no images"),
@@ -146,8 +148,9 @@ def test_bare_array_in_npz(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_idx_folder(tmp_path: Path, zipped: bool) -> None:
-    """A folder with MNIST's file names, gzip or not, keeps MNIST's split."""
+@pytest.mark.parametrize("separator", ["-", "."])
+def test_idx_folder(tmp_path: Path, separator: str, zipped: bool) -> None:
+    """A folder with MNIST's file names in either spelling, gzip or not, keeps MNIST's split."""
     parts = {
         "train-images-idx3-ubyte": images(20, 28, 28),
         "train-labels-idx1-ubyte": (np.arange(20) % 2).astype(np.uint8),
@@ -156,7 +159,8 @@ def test_idx_folder(tmp_path: Path, zipped: bool) -> None:
     }
     for name, array in parts.items():
         data = idx(array)
-        (tmp_path / f"{name}{'.gz' if zipped else ''}").write_bytes(gzip.compress(data) if zipped else data)
+        name = name.replace("-idx", f"{separator}idx") + (".gz" if zipped else "")
+        (tmp_path / name).write_bytes(gzip.compress(data) if zipped else data)
     loaded = load(str(tmp_path))
     assert loaded.info.shape == (1, 28, 28)
     np.testing.assert_array_equal(loaded.train.pixels[:, 0], parts["train-images-idx3-ubyte"])
@@ -250,6 +254,12 @@ def test_many_defects_are_cut_to_a_readable_number(tmp_path: Path) -> None:
         (tmp_path / f"{index:02}.png").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"(?s)09\.png.*and 3 more$"):
         load(str(tmp_path))
+
+
+def test_what_the_system_refuses_is_told(tmp_path: Path) -> None:
+    """A name that is too long, as any other refusal of the system, is an error in words."""
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        load(str(tmp_path / ("a" * 300)))
 
 
 def test_empty_folder_and_missing_path(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -97,6 +98,13 @@ def load(source: str) -> Dataset:
     """
     if source == "digits":
         return _digits()
+    try:
+        return _load_path(source)
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {error.strerror}") from error
+
+
+def _load_path(source: str) -> Dataset:
     path = Path(source)
     if not path.exists():
         raise DataError(f"{source}: no such file or folder (and not the embedded set `digits`)")
@@ -133,7 +141,9 @@ def _assemble(
         counts = np.bincount(labels, minlength=len(class_names))
         if counts.min() < 2:
             few = [class_names[label] for label in np.flatnonzero(counts < 2).tolist()]
-            raise DataError(f"{name}: every class needs at least 2 images; too few in: {', '.join(few)}")
+            more = f" and {len(few) - _SHOWN_PROBLEMS} more" if len(few) > _SHOWN_PROBLEMS else ""
+            shown = ", ".join(few[:_SHOWN_PROBLEMS])
+            raise DataError(f"{name}: every class needs at least 2 images; too few in: {shown}{more}")
         test_count = max(len(class_names), math.ceil(len(labels) * TEST_SHARE))
         kept, held_out = train_test_split(
             np.arange(len(labels)), test_size=test_count, stratify=labels, random_state=SPLIT_SEED
@@ -208,9 +218,10 @@ def _from_npz(path: Path) -> Dataset:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as .npz without pickled objects, or is cut short: {error}") from error
-    levels = int(arrays.get("levels", np.int64(256)))
-    if not 2 <= levels <= 256:
-        raise DataError(f"{path}: `levels` must be from 2 to 256, found {levels}")
+    given = arrays.get("levels", np.array(256))
+    if given.ndim or not np.issubdtype(given.dtype, np.integer) or not 2 <= given <= 256:
+        raise DataError(f"{path}: `levels` must be one integer from 2 to 256, found {given.dtype} {given.tolist()}")
+    levels = int(given)
     keys = next((pair for pair in _NPZ_KEYS if pair[0] in arrays), None)
     if keys is None:
         raise DataError(
@@ -231,7 +242,10 @@ def _from_npz(path: Path) -> Dataset:
 
 
 def _idx_image_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*images*idx*") if file.is_file() and file.suffix in ("", ".gz"))
+    """Both spellings in circulation, train-images-idx3-ubyte and train-images.idx3-ubyte, gzip too."""
+    found = (file for file in folder.glob("*images*idx*") if file.is_file())
+    # Other suffixes are pictures whose names happen to hold both words.
+    return sorted(file for file in found if re.fullmatch(r"[^.]*(\.idx[^.]*)?(\.gz)?", file.name))
 
 
 def _read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
