@@ -107,3 +107,20 @@ def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:
     """Where there is no record, the message asks whether it is a run."""
     with pytest.raises(CheckpointError, match=r"is .* a run\?"):
         checkpoint.load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "complaint"),
+    [
+        ("vae", SETTINGS | {"wings": 2}, "vae has no settings wings; another version may have had them"),
+        ("flow", SETTINGS, "unknown family 'flow'"),
+        ("vae", SETTINGS | {"width": 3}, "width=3: must be a multiple of 8"),
+    ],
+)
+def test_a_run_that_cannot_be_built_is_named(
+    family: str, settings: dict[str, int], complaint: str, tmp_path: Path
+) -> None:
+    """A run of another version's family or settings is told with its record's path and what is unknown."""
+    checkpoint.write_record(tmp_path, RunRecord(family, settings, "digits", INFO, 0, "fp32", 1, 1, {}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{complaint}"):
+        checkpoint.load_run(tmp_path)

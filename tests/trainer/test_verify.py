@@ -301,7 +301,7 @@ def test_a_checkpoint_of_another_network_is_named(bundle_of: Callable[[str], Pat
     assert failure.startswith("checkpoint.safetensors: GraphError: scorer: the checkpoint does not fit the network")
 
 
-@pytest.mark.parametrize("text", ["[]", "{", json.dumps({"family": "gan"})])
+@pytest.mark.parametrize("text", ["[]", "{", json.dumps({"family": "gan"}), json.dumps({"family": "gan", "info": []})])
 def test_a_damaged_record_is_named(bundle_of: Callable[[str], Path], text: str) -> None:
     """A record that the networks cannot be rebuilt from is a failure, not a crash."""
     directory = bundle_of("gan")
@@ -329,3 +329,28 @@ def test_a_graph_that_cannot_run_is_named(bundle_of: Callable[[str], Path]) -> N
     edit_graph(directory, 1, split_in_two)
     (failure,) = failures(directory)
     assert failure.startswith("scorer.onnx: does not run with inputs x float32[1, 1, 4, 4], y int64[1]: ")
+
+
+def only_one_or_three(model: onnx.ModelProto) -> None:
+    """Let the graph run at the sizes of the smoke test only."""
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(3, np.int64), "three"))
+    model.graph.node.append(onnx.helper.make_node("Add", ["y", "three"], ["sums"]))
+
+
+def test_a_graph_for_a_few_batch_sizes_is_named(bundle_of: Callable[[str], Path]) -> None:
+    """A graph that runs at the first sizes tried and fails at a later one is named with the inputs it failed on."""
+    directory = bundle_of("gan")
+    edit_graph(directory, 1, only_one_or_three)
+    (failure,) = failures(directory)
+    assert failure.startswith("scorer.onnx: does not run with inputs x float32[64, 1, 4, 4], y int64[64]: ")
+
+
+def test_a_failure_while_comparing_with_torch_is_named(
+    bundle_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rows already differ by batch, sizes are tried last against torch; failing there is told too."""
+    monkeypatch.setattr(verify.parity, "row_invariant", lambda *_: False)
+    directory = bundle_of("gan")
+    edit_graph(directory, 1, only_one_or_three)
+    (failure,) = failures(directory)
+    assert failure.startswith("scorer.onnx: does not run with inputs x float32[2, 1, 4, 4], y int64[2]: ")

@@ -90,6 +90,9 @@ def build_family(name: str, settings: Mapping[str, Any], info: DataInfo, seed: i
         ValueError: unknown family, settings that are not allowed, or images that its network does not take.
     """
     family = load_family(name)
+    known = {entry.name for entry in dataclasses.fields(family.config_type)}
+    if unknown := settings.keys() - known:
+        raise ValueError(f"{name} has no settings {', '.join(sorted(unknown))}; another version may have had them")
     config = family.config_type(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -178,7 +181,10 @@ def load_run(directory: Path) -> Run:
         CheckpointError: the run cannot be read.
     """
     record = read_record(directory)
-    family = build_family(record.family, record.settings, record.info, record.seed)
+    try:
+        family = build_family(record.family, record.settings, record.info, record.seed)
+    except ValueError as error:
+        raise CheckpointError(f"{directory / RECORD_FILE}: this version cannot build its network: {error}") from error
     return Run(record, family, restore(directory, family))
 
 

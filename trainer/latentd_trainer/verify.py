@@ -123,10 +123,11 @@ def _graph_checks(
     try:
         session = parity.open_session(data)
         yield Check(path.name, f"runs at batch sizes {SMOKE_SIZES}", _smoke_failures(session, network))
+        invariant = parity.row_invariant(session, network)
     except GraphError as error:
         yield Check(path.name, "runs", [str(error)])
         return
-    if not parity.row_invariant(session, network):
+    if not invariant:
         yield Check(path.name, "rows do not depend on their batch", skipped=True, note="they do, on this machine")
     if spec is None:
         yield Check(path.name, "equals torch", skipped=True, note=why_not)
@@ -157,8 +158,11 @@ def _parity_check(
     graph = next((graph for graph in spec.graphs if graph.role == network.role), None)
     if graph is None:
         return Check(name, "equals torch", [f"the family has no {role_name(network.role)}"])
-    worst = parity.worst_deviation(graph.module, session, network)
-    chain = parity.chain_deviation(graph.module, session, network, model) if model.HasField("diffusion") else 0.0
+    try:
+        worst = parity.worst_deviation(graph.module, session, network)
+        chain = parity.chain_deviation(graph.module, session, network, model) if model.HasField("diffusion") else 0.0
+    except GraphError as error:
+        return Check(name, "equals torch", [str(error)])
     return Check(name, "equals torch", parity.excesses(worst, chain), f"to {max(chain, *worst.values()):.1e}")
 
 
@@ -172,7 +176,16 @@ def _rebuild(directory: Path) -> tuple[ServingSpec | None, str, list[str]]:
         info = _tuples(record["info"])
         spec = build_family(record["family"], record["settings"], DataInfo(**info), record["seed"]).serving_spec()
         export.load_weights(spec, safetensors.torch.load(weights_path.read_bytes()))
-    except (BundleError, OSError, KeyError, TypeError, ValueError, SafetensorError, GraphError) as error:
+    except (
+        BundleError,
+        OSError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+        GraphError,
+    ) as error:
         return None, "the checkpoint cannot be used", [f"{type(error).__name__}: {error}"]
     return spec, "", []
 
