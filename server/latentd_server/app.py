@@ -150,6 +150,7 @@ async def serving(config: Config, device: Device) -> AsyncIterator[Serving]:
         for name, (address, server) in servers.items():
             health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
             addresses[name] = _bind(server, address, name)
+        registry.discover()
         for _, server in servers.values():
             await server.start()
         about = {"device": str(device), "provider": device.provider, "device_reason": device.reason, "threads": threads}
@@ -193,6 +194,7 @@ def _limits(config: Config) -> Limits:
         max_steps=config.max_steps,
         max_evaluations=config.max_backlog,
         max_open_ids=config.max_stream_requests,
+        reader_timeout_s=config.reader_timeout,
     )
 
 

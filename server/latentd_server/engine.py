@@ -32,6 +32,10 @@ from latentd_server.scheduler import Arrival, Batch, Entry, GraphKey, Scheduler,
 
 Sink = Callable[[Event], None]
 
+_DEVICE_IS_LOST = 8
+"""Batches that must fail altogether in a row. Requests are checked at the door and graphs at load, so what fails them
+all is the device."""
+
 log = logging.getLogger(__name__)
 
 _ESTIMATE_LASTS_S = 5.0
@@ -50,6 +54,10 @@ class EngineMetrics(Protocol):
 
     def evaluations_wasted(self, count: int) -> None:
         """Evaluations whose result nobody gets."""
+
+
+class DeviceLostError(Exception):
+    """Nothing runs on the device any more; a new process may find another, or the same one reset."""
 
 
 class Engine:
@@ -87,6 +95,7 @@ class Engine:
         self._runners: dict[GraphKey, Runner] = {}
         self._scheduler = Scheduler(max_rows)
         self._outbox: list[tuple[int, Event]] = []
+        self._vain_batches = 0  # in a row, that failed for every segment even alone
         self._thread = threading.Thread(target=self._work, name="latentd-device", daemon=True)
         self._thread.start()
 
@@ -237,8 +246,9 @@ class Engine:
     def _work(self) -> None:
         try:
             self._run()
-        except Exception:  # a bug of ours: failures of a network call are dealt with where they happen
+        except Exception:  # a lost device, or a bug of ours: single failures are dealt with where they happen
             log.critical("the device thread failed", exc_info=True)
+            self._post()
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._break_down)
 
@@ -300,6 +310,10 @@ class Engine:
                 self._report(arrival, outcome)
         for job_id, error in failures.items():
             self._fail(job_id, error)
+        alive = any(segment.entry.job_id not in failures for segment in batch.segments)
+        self._vain_batches = 0 if alive else self._vain_batches + 1
+        if self._vain_batches >= _DEVICE_IS_LOST:
+            raise DeviceLostError(f"{self._vain_batches} batches in a row failed, each row also alone")
 
     def _ride_alone(self, runner: Runner | None, batch: Batch, failures: dict[int, ServingError]) -> list[Outcome]:
         """One bad row must not fail its neighbours: every segment gets a call of its own."""

@@ -103,7 +103,7 @@ def _step_runner(
             "row_u": own,
             "row_c": own,
             "timestep": feeds[by_source[_Source.SOURCE_TIMESTEP]],
-            "reset": np.ones(count, bool),
+            "reset": rng.random(count) < 0.5,  # admitted, or held from the call before
             "w": np.ones(count, np.float32),
             "coefficients": rng.standard_normal((len(samplers.COLUMNS), count, *[1] * len(shape)), np.float32),
         }

@@ -94,11 +94,16 @@ class Registry:
             raise ModelFailedError(str(held.reference), held.failure)
         raise ModelNotFoundError(reference, self._active())
 
+    def discover(self) -> None:
+        """Note every bundle under the models directory as LOADING, so that nobody is told that it does not exist."""
+        for reference, directory in find(self._root):
+            if reference not in self._held:
+                held = self._held[reference] = _Held(reference, directory)
+                self._change(held, model_pb2.Model.STATE_LOADING)
+
     async def load_all(self) -> None:
         """Load every bundle under the models directory, one after another; a bad one is marked FAILED."""
-        for reference, directory in find(self._root):
-            held = self._held.setdefault(reference, _Held(reference, directory))
-            self._change(held, model_pb2.Model.STATE_LOADING)
+        self.discover()
         for held in list(self._held.values()):
             await self._load(held)
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def _is_steady(graph: CompiledGraph, rows: Feeds, size: int, answer: list[Array]
 
 def _take(rows: Feeds, which: NDArray[np.int64]) -> Feeds:
     taken = {name: array[:, which] if name == "coefficients" else array[which] for name, array in rows.items()}
-    for name in ("lane", "row_u", "row_c"):  # these say which row belongs to which: every row to itself
+    for name in ("slot", "lane", "row_u", "row_c"):  # these say which row belongs to which: every row to itself
         if name in taken:
             taken[name] = np.arange(len(which))
     return {name: np.ascontiguousarray(array) for name, array in taken.items()}
@@ -216,7 +217,7 @@ def determinism_class(digest: str, device: Device, threads: int, buckets: Mappin
         f"onnxruntime={onnxruntime.__version__}",
         f"numpy={np.__version__}",
         device.provider,
-        _processor() if device.kind == "cpu" else _gpu_name(device.index),
+        _processor() if device.kind == "cpu" else _gpu(device.index),
         f"threads={threads}",
         *(f"{role}:{','.join(map(str, sizes.sizes))}" for role, sizes in sorted(buckets.items())),
     ]
@@ -251,9 +252,20 @@ def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return " ".join([platform.machine(), *names, *sorted(word for word in words if _VECTOR_FEATURE.match(word))])
 
 
-def _gpu_name(index: int) -> str:
+def _gpu(index: int) -> str:
+    """The GPU's model, its driver, and the libraries that bring the kernels."""
     driver = ctypes.CDLL("libcuda.so.1")
-    device, name = ctypes.c_int(0), ctypes.create_string_buffer(256)
+    device, name, version = ctypes.c_int(0), ctypes.create_string_buffer(256), ctypes.c_int(0)
     if driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDeviceGetName(name, len(name), device):
         raise DeviceError(f"the driver does not name device cuda:{index}")
-    return name.value.decode()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    libraries = " ".join(f"{each}={_installed(each)}" for each in ("nvidia-cudnn-cu13", "nvidia-cublas"))
+    return f"{name.value.decode()} driver={version.value} {libraries}"
+
+
+def _installed(distribution: str) -> str:
+    """A library's version where it came as a wheel; else it is the system's."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "system"

@@ -19,6 +19,7 @@ from latentd_server.failures import (
     DeadlineError,
     DeadlineUnreachableError,
     DrainingError,
+    ModelLoadingError,
     OverloadedError,
     RuntimeFailureError,
 )
@@ -417,6 +418,39 @@ async def test_one_bad_row_fails_alone(bench: Bench) -> None:
     assert got == want
     assert isinstance(error, RuntimeFailureError)
     assert "Gather" not in str(error), "no internals reach the caller"
+
+
+async def test_a_lost_device_ends_the_server_and_one_success_saves_it(root: Path) -> None:
+    """When every row fails, batch after batch, nothing more is accepted; one success in between starts the count anew."""
+    bench = await Bench.start(root)
+    key = ("tiny-diffusion@1", bundle_pb2.Network.ROLE_DENOISER)
+    bench.engine.attach({key: Saboteur(bench.engine._runners[key], bad_seed=666)})  # type: ignore[arg-type, dict-item]
+    for _ in range(7):
+        with pytest.raises(RuntimeFailureError):
+            await bench.result(bench.steps("ddim", 1, seed=666))
+    await bench.result(bench.steps("ddim", 1))
+    for _ in range(7):
+        with pytest.raises(RuntimeFailureError):
+            await bench.result(bench.steps("ddim", 1, seed=666))
+    assert not bench.engine.broken.is_set()
+    with pytest.raises(RuntimeFailureError):
+        await bench.result(bench.steps("ddim", 1, seed=666))
+    await asyncio.wait_for(bench.engine.broken.wait(), 30)
+    with pytest.raises(DrainingError):
+        bench.engine.submit(bench.steps(), caller="x", deadline=None, sink=lambda event: None)
+    await bench.engine.close()
+
+
+async def test_a_bundle_that_was_seen_but_not_read_is_loading(root: Path) -> None:
+    """Between the opening of the ports and the end of loading a model is LOADING, never unknown."""
+    engine = Engine(Metrics(), max_rows=MAX_ROWS, max_backlog=1000)
+    registry = Registry(root, engine, Device("cpu"), threads=1, max_rows=MAX_ROWS)
+    registry.discover()
+    with pytest.raises(ModelLoadingError):
+        registry.get("tiny-vae")
+    await registry.load_all()
+    assert registry.get("tiny-vae").model.name == "tiny-vae@1"
+    await engine.close()
 
 
 async def test_a_sink_that_fails_loses_only_its_own_job(bench: Bench) -> None:
