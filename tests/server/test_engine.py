@@ -421,7 +421,7 @@ async def test_one_bad_row_fails_alone(bench: Bench) -> None:
 
 
 async def test_a_lost_device_ends_the_server_and_one_success_saves_it(root: Path) -> None:
-    """When every row fails, batch after batch, nothing more is accepted; one success in between starts the count anew."""
+    """When every row fails, batch after batch, nothing more is accepted; a success in between starts the count anew."""
     bench = await Bench.start(root)
     key = ("tiny-diffusion@1", bundle_pb2.Network.ROLE_DENOISER)
     bench.engine.attach({key: Saboteur(bench.engine._runners[key], bad_seed=666)})  # type: ignore[arg-type, dict-item]
