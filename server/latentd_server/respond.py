@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
@@ -101,8 +102,10 @@ def results(plan: Sampling, event: Finished) -> Iterator[generation_service_pb2.
     for first in range(0, len(samples), group):
         rows = slice(first, first + group)
         lanes = event.lanes[rows]
+        # Lanes that arrive together cost the same each; a message that holds a part of them tells that part's cost.
+        share = replace(event.cost, evaluations=event.cost.evaluations * len(lanes) // len(samples))
         result = generation_service_pb2.SampleResult(
-            sample_indices=lanes.tolist(), samples=codec.encode(samples[rows]), stats=stats(event.cost)
+            sample_indices=lanes.tolist(), samples=codec.encode(samples[rows]), stats=stats(share)
         )
         if latents is not None:
             result.latents.CopyFrom(codec.encode(latents[rows]))

@@ -1,6 +1,7 @@
 """What came of a job becomes the answer: element types, groups, posterior draws, reduced scores, costs."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,8 @@ def test_results_travel_in_messages_of_about_a_mebibyte(held: dict[str, Any]) ->
     plan = resolve.sample(pb.SampleRequest(sample_count=count), held[V], 0, LIMITS)
     samples = np.zeros((count, 256, 256), np.float32)
     latents = np.zeros((count, LATENT), np.float32)
-    event = Finished(np.arange(count), {"sample": samples, "z": latents}, COST, last=True)
+    cost = replace(COST, evaluations=count)
+    event = Finished(np.arange(count), {"sample": samples, "z": latents}, cost, last=True)
     messages = list(respond.results(plan, event))
     assert [len(message.result.sample_indices) for message in messages] == [3] * 13 + [1]
     sent = [index for message in messages for index in message.result.sample_indices]
@@ -71,6 +73,7 @@ def test_results_travel_in_messages_of_about_a_mebibyte(held: dict[str, Any]) ->
     assert plan.labels is not None
     assert [label for m in messages for label in m.result.class_labels] == plan.labels.tolist()
     assert all(message.result.latents.shape[1:] == [LATENT] for message in messages)
+    assert [m.result.stats.evaluation_count for m in messages] == [3] * 13 + [1], "evaluations are told once"
 
 
 def test_diffusion_results_carry_no_latents(held: dict[str, Any]) -> None:
