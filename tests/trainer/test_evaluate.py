@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from latentd.digest import bundle_digest
 from latentd.v1 import model_pb2
-from latentd_trainer import bars, classifier, evaluate
+from latentd_trainer import bars, classifier, evaluate, parity
 from latentd_trainer import bundle as bundles
 from latentd_trainer.bars import Bar
 from latentd_trainer.checkpoint import RunRecord
-from latentd_trainer.data import Dataset, load
+from latentd_trainer.data import Dataset, Split, load
 from latentd_trainer.evaluate import EvaluationError
+from latentd_trainer.onnx_graph import GraphError
 from latentd_trainer.spec import Role, ServingSpec
 from PIL import Image
 from rich.console import Console
@@ -264,3 +265,78 @@ def test_a_report_that_cannot_be_written_is_an_error(bundle_of: Callable, measur
     (tmp_path / "out").write_bytes(b"")
     with pytest.raises(EvaluationError, match=r"out: cannot be written \(File exists\)"):
         measure(bundle_of("gan"), out=tmp_path / "out")
+
+
+def test_too_few_held_out_images_are_an_error(bundle_of: Callable, measure: Callable, tmp_path: Path) -> None:
+    """Neighbourhoods reach to the fifth neighbour, so data that hold out fewer than six images are refused."""
+    np.savez(tmp_path / "few.npz", x=np.arange(20 * 16, dtype=np.uint8).reshape(20, 4, 4) % 17, y=np.arange(20) % 3)
+    with pytest.raises(EvaluationError, match="16 images to train on and 4 held out; evaluation needs at least 6"):
+        measure(bundle_of("gan"), data=str(tmp_path / "few.npz"))
+
+
+def test_held_out_copies_are_an_error(
+    bundle_of: Callable, measure: Callable, monkeypatch: pytest.MonkeyPatch, images: str
+) -> None:
+    """Where held-out images lie on training images nothing can be said of copying, and the error says so."""
+    real = evaluate.Real.of
+
+    def copied(dataset: Dataset, yardstick: classifier.Yardstick) -> evaluate.Real:
+        found = real(dataset, yardstick)
+        return dataclasses.replace(found, held_out_images=found.train_images)
+
+    monkeypatch.setattr(evaluate.Real, "of", copied)
+    with pytest.raises(EvaluationError, match="copies of training rows; the data need held-out images that were not"):
+        measure(bundle_of("gan"))
+
+
+def test_a_graph_that_does_not_run_is_an_error_that_names_it(
+    bundle_of: Callable, measure: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that loads and then fails on a batch is named, and `verify` recommended."""
+
+    def fails(*_: object) -> list[np.ndarray]:
+        raise GraphError("does not run")
+
+    monkeypatch.setattr(parity, "run_onnx", fails)
+    with pytest.raises(EvaluationError, match=r"decoder\.onnx: does not run; `latentd-train verify` says more"):
+        measure(bundle_of("gan"))
+
+
+def test_samples_that_are_not_finite_are_an_error(
+    bundle_of: Callable, measure: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN is not measured."""
+    run = parity.run_onnx
+    monkeypatch.setattr(parity, "run_onnx", lambda *given: [rows * np.float32("nan") for rows in run(*given)])
+    with pytest.raises(EvaluationError, match="tiny-gan@1 draws samples that are not finite"):
+        measure(bundle_of("gan"))
+
+
+def test_the_ratio_compares_as_many_images_on_both_sides() -> None:
+    """Real images in place of samples have a ratio near 1, also where more are held out than samples are drawn."""
+    features = np.random.default_rng(0).standard_normal((2200, 30), np.float32)
+    labels = np.zeros(2000, np.int64)
+    train, held_out = (classifier.Reading(part, labels) for part in (features[:1000], features[1000:2000]))
+
+    class Reader:
+        """Gives the features above for the two splits."""
+
+        def read(self, images: np.ndarray) -> classifier.Reading:
+            return train if images[0, 0, 0, 0] == -1 else held_out
+
+    splits = [Split(np.full((1000, 1, 4, 4), level, np.uint8), labels[:1000]) for level in (0, 1)]
+    dataset = Dataset(load("digits").info, *splits)
+    real = evaluate.Real.of(dataset, Reader())
+    fakes = classifier.Reading(features[2000 : 2000 + evaluate.SAMPLE_COUNT], labels)
+    measured = evaluate.compare(np.zeros((len(fakes.features), 1, 4, 4), np.float32), fakes, real, 0)
+    assert measured["frechet-ratio"] == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize(("count", "size"), [(5, 9), (7, 7), (10, 4), (1440, 360)])
+def test_a_subset_is_spread_over_all_rows(count: int, size: int) -> None:
+    """Rows in order of class are all represented: as many as asked for, no gap wider than another by more than one."""
+    chosen = evaluate.spread(count, size)
+    assert len(chosen) == min(count, size)
+    gaps = np.diff([*chosen, count])
+    assert chosen[0] == 0
+    assert gaps.max() - gaps.min() <= 1

@@ -24,7 +24,7 @@ from latentd_trainer.spec import Meaning, Role, Source
 SAMPLE_COUNT = 1440
 SUBSET_COUNT = 10
 LARGEST_SUBSET = 1000
-"""Rows on each side of the neighbourhood metrics; as many as are held out, but no more."""
+"""Rows on each side of the metrics that compare rows one by one; as many as are held out, but no more."""
 BOUND_DRAWS = 500
 
 __all__ = ["CACHE", "EvaluationError", "run"]
@@ -40,18 +40,21 @@ class Real:
     train: Reading
     held_out: Reading
     train_images: Floats  # [n, pixels]
-    held_out_images: Floats  # [m, pixels]
-    floor: float  # Frechet distance of held-out from training images
+    held_out_images: Floats  # [at most LARGEST_SUBSET, pixels]
+    rows: int  # of every set that a Frechet ratio is made of: those held out, but no more than SAMPLE_COUNT
+    floor: float  # Frechet distance of that many held-out images from the training images
 
     @classmethod
     def of(cls, dataset: Dataset, yardstick: Yardstick) -> "Real":
         """Read both splits."""
         images = [scale(split.pixels, dataset.info.levels) for split in (dataset.train, dataset.test)]
         train, held_out = (yardstick.read(each) for each in images)
-        floor = metrics.frechet_distance(held_out.features, train.features)
+        rows = min(len(held_out.features), SAMPLE_COUNT)
+        floor = metrics.frechet_distance(held_out.features[spread(len(held_out.features), rows)], train.features)
         if floor == 0:
             raise EvaluationError("held-out and training images have the same features; nothing can be measured")
-        return cls(train, held_out, images[0].reshape(len(images[0]), -1), images[1].reshape(len(images[1]), -1), floor)
+        flat = [each.reshape(len(each), -1) for each in images]
+        return cls(train, held_out, flat[0], flat[1][spread(len(flat[1]), LARGEST_SUBSET)], rows, floor)
 
 
 def run(
@@ -104,6 +107,10 @@ def run(
         drawn = []
         for samples in draw_variants(graphs, asked, seed):
             status.update(f"samples: {samples.description}")
+            if not np.isfinite(samples.images).all():
+                raise EvaluationError(
+                    f"{model.name} draws samples that are not finite; `latentd-train verify` says more"
+                )
             reading = yardstick.read(samples.images)
             found = compare(samples.images, reading, real, seed)
             found["histogram-distance"] = metrics.class_histogram_distance(
@@ -148,15 +155,22 @@ def allotted_labels(model: model_pb2.Model, dataset: Dataset, count: int) -> NDA
 def compare(images: Floats, reading: Reading, real: Real, seed: int) -> dict[str, float]:
     """The metrics of images [n, C, H, W], in order of class, against real ones, by name."""
     # The distance falls with the number of rows, so the ratio to the floor takes as many rows as the floor does. The
-    # images are in order of class, so every k-th one makes a part with the same shares of classes.
-    parts = max(1, len(images) // len(real.held_out.features))
-    distances = [metrics.frechet_distance(reading.features[k::parts], real.train.features) for k in range(parts)]
+    # images are in order of class, so evenly spread ones make a part with the same shares of classes.
+    part = spread(len(images), real.rows)
+    distances = [
+        metrics.frechet_distance(reading.features[part + k], real.train.features)
+        for k in range(len(images) // len(part))
+    ]
+    try:
+        neighbour_ratio = metrics.nearest_neighbour_ratio(
+            images.reshape(len(images), -1), real.train_images, real.held_out_images
+        )
+    except ValueError as error:
+        raise EvaluationError(f"{error}; the data need held-out images that were not trained on") from error
     return {
         "frechet-distance": metrics.frechet_distance(reading.features, real.train.features),
         "frechet-ratio": float(np.mean(distances)) / real.floor,
-        "neighbour-ratio": metrics.nearest_neighbour_ratio(
-            images.reshape(len(images), -1), real.train_images, real.held_out_images
-        ),
+        "neighbour-ratio": neighbour_ratio,
         **_neighbourhoods(reading.features, real, seed),
     }
 
@@ -171,7 +185,7 @@ def _neighbourhoods(features: Floats, real: Real, seed: int) -> dict[str, float]
     """Mean over random subsets as large as the held-out split, since these metrics depend on the number of rows."""
     generator = np.random.default_rng([seed, 1])
     size = min(len(features), len(real.held_out.features), LARGEST_SUBSET)
-    held_out = real.held_out.features[:size]
+    held_out = real.held_out.features[spread(len(real.held_out.features), size)]
     found = [
         metrics.neighbourhoods(held_out, features[generator.choice(len(features), size, replace=False)])
         for _ in range(SUBSET_COUNT)
@@ -205,11 +219,17 @@ def likelihood(graphs: Graphs, dataset: Dataset, seed: int) -> dict[str, float]:
 
 
 def _held_out(split: Split, levels: int) -> Given:
-    rows = slice(LARGEST_SUBSET)
+    rows = spread(len(split.labels), LARGEST_SUBSET)
     return {
         Source.SOURCE_SAMPLE: scale(split.pixels[rows], levels),
         Source.SOURCE_CLASS_LABEL: split.labels[rows],
     }
+
+
+def spread(count: int, size: int) -> NDArray[np.int64]:
+    """`size` of `count` rows, evenly spread, for the first ones may be all of one class; all of them if fewer."""
+    size = min(size, count)
+    return np.arange(size) * count // size
 
 
 def _require_data(directory: Path, model: model_pb2.Model, dataset: Dataset) -> None:
@@ -221,6 +241,12 @@ def _require_data(directory: Path, model: model_pb2.Model, dataset: Dataset) -> 
     info = dataset.info
     if len(info.class_names) < 2:
         raise EvaluationError(f"{info.name} has one class only; evaluation needs labelled images of two or more")
+    least = metrics.NEIGHBOURS + 1
+    if min(len(dataset.train.labels), len(dataset.test.labels)) < least:
+        raise EvaluationError(
+            f"{info.name} has {len(dataset.train.labels)} images to train on and {len(dataset.test.labels)} held out; "
+            f"evaluation needs at least {least} of each"
+        )
     if tuple(model.sample_spec.shape) != info.shape:
         raise EvaluationError(
             f"{model.name} makes samples of shape {list(model.sample_spec.shape)}, {info.name} holds {list(info.shape)}"

@@ -52,15 +52,18 @@ class Graphs:
         """Outputs by meaning; inputs by source, noise being drawn here. All arrays [n, ...].
 
         Raises:
-            EvaluationError: an input takes what evaluation does not know to give, as codes.
+            EvaluationError: an input takes what evaluation does not know to give, as codes, or the graph does not run.
         """
         network = self.networks[role]
         count = len(next(iter(given.values())))
         feeds = {entry.name: _values(entry, role, given, count, generator) for entry in network.inputs}
-        parts = [
-            parity.run_onnx(self._sessions[role], {name: rows[start : start + _BATCH] for name, rows in feeds.items()})
-            for start in range(0, count, _BATCH)
-        ]
+        try:
+            parts = [
+                parity.run_onnx(self._sessions[role], {name: rows[i : i + _BATCH] for name, rows in feeds.items()})
+                for i in range(0, count, _BATCH)
+            ]
+        except GraphError as error:
+            raise EvaluationError(f"{network.file}: {error}; `latentd-train verify` says more") from error
         outputs = [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
         return {output.meaning: rows for output, rows in zip(network.outputs, outputs, strict=True)}
 
