@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from latentd_trainer.families import Moment
+from latentd_trainer.shard import Shard
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Arithmetic of the networks while training, by its name on the command line. Weights are always fp32."""
@@ -44,14 +42,14 @@ class Updater:
         """Keep small fp16 gradients from rounding to zero, from here on (arXiv 1710.03740, section 3.2)."""
         self.scaler = torch.amp.GradScaler(device.type)
 
-    def apply(self, loss: torch.Tensor, moment: Moment, rate_factor: float = 1.0) -> None:
+    def apply(self, loss: torch.Tensor, shard: Shard, rate_factor: float = 1.0) -> None:
         """Follow the gradient of `loss` ([] f32, this process's mean) for one step at `rate_factor` x learning rate."""
         for parameter in self.parameters:
             parameter.grad = None
         gradients = torch.autograd.grad(self.scaler.scale(loss), self.parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        moment.shard.average_gradients(self.parameters)
+        shard.average_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         if math.isfinite(self.clip_norm):
             nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)

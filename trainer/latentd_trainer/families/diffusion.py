@@ -127,7 +127,7 @@ class Diffusion(Family):
             prediction = self.network(noisy, timestep, label)
         loss = (prediction.float() - target).square().mean()
         factor = warm_up_then_cosine(moment.step, moment.step_count, self.config.warm_up_steps)
-        self.updaters["denoiser"].apply(loss, moment, factor)
+        self.updaters["denoiser"].apply(loss, moment.shard, factor)
         self.averages["denoiser"].update(moment.step)
         return {"loss": loss.detach()}
 

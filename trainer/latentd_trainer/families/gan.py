@@ -183,13 +183,13 @@ class Gan(Family):
             losses["penalty"] = penalty.detach()
             weight = self.config.gradient_penalty / 2 * self.config.penalty_interval
             discriminator = discriminator + weight * penalty
-        self.updaters["discriminator"].apply(discriminator, moment)
+        self.updaters["discriminator"].apply(discriminator, moment.shard)
 
         with moment.autocast():
             fake = self.generator(self._noise(batch, moment), labels)
             fake_logit = self._judge(fake.float(), labels, batch, moment)
         generator = generator_loss(loss, fake_logit.float())
-        self.updaters["generator"].apply(generator, moment)
+        self.updaters["generator"].apply(generator, moment.shard)
         self.averages["generator"].update(moment.step)
         return losses | {"generator": generator.detach()}
 

@@ -223,7 +223,7 @@ class Vae(Family):
         weight = min(1.0, (moment.step + 1) / warm_up) if warm_up else 1.0
         loss = reconstruction + weight * floored
         factor = warm_up_then_cosine(moment.step, moment.step_count, self.config.warm_up_steps)
-        self.updaters["networks"].apply(loss, moment, factor)
+        self.updaters["networks"].apply(loss, moment.shard, factor)
         self.averages["networks"].update(moment.step)
         return {"loss": loss.detach(), "reconstruction": reconstruction.detach(), "kl": kl.sum().detach()}
 
