@@ -128,6 +128,12 @@ class QuotaExceeded(LatentdError):
     default_code = Code.RESOURCE_EXHAUSTED
 
 
+class ReaderTooSlow(LatentdError):
+    """Much was there to be read, and this client read nothing of it for longer than the server allows."""
+
+    default_code = Code.RESOURCE_EXHAUSTED
+
+
 class MessageTooLarge(LatentdError):
     """A message was larger than one end accepts, or another limit of the transport was reached."""
 
@@ -220,6 +226,7 @@ BY_REASON: Mapping[Reason, type[LatentdError]] = {
     Reason.OVERLOADED: Overloaded,
     Reason.DRAINING: Draining,
     Reason.QUOTA_EXCEEDED: QuotaExceeded,
+    Reason.READER_TOO_SLOW: ReaderTooSlow,
     Reason.DEADLINE_UNREACHABLE: DeadlineUnreachable,
     Reason.DEADLINE_EXCEEDED: DeadlineExceeded,
     Reason.CANCELLED: Cancelled,

@@ -32,6 +32,7 @@ _EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.ServerUnavailable, 5),
     (errors.DeadlineExceeded, 6),
     (errors.QuotaExceeded, 7),
+    (errors.ReaderTooSlow, 7),
     (errors.MessageTooLarge, 7),
     (errors.RuntimeFailure, 8),
     (errors.ProtocolError, 8),

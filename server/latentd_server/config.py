@@ -86,6 +86,13 @@ class Config(BaseModel):
     max_message_mib: int = Field(64, ge=1, le=2047, description="MiB of one received message")
     max_streams: int = Field(128, ge=1, le=1_000_000, description="concurrent calls on one connection")
     max_stream_requests: int = Field(1024, ge=1, le=1_000_000, description="unfinished requests on one Stream call")
+    reader_timeout: float = Field(
+        30.0,
+        ge=0,
+        le=86_400,
+        description="seconds a call whose reader lags far behind may go on without a message being read before it is "
+        "given up; 0 is for ever",
+    )
     drain_seconds: float = Field(
         60.0, ge=0, le=86_400, description="seconds that accepted work may take after SIGTERM before it is given up"
     )

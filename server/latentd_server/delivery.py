@@ -2,28 +2,52 @@
 look at each sample is kept, so that a slow reader skips frames and loses nothing.
 
 gRPC itself runs some megabytes ahead of a reader that has stopped; the outbox bounds what waits behind that. It
-says when it is full, so that the owner stops making more, and when there is room again.
+says when it is full, so that the owner stops making more, and when there is room again. If it is full and nothing is
+read for too long, it gives the reader up: what sits out for one reader counts against everybody.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 import numpy as np
 from google.protobuf.message import Message
 
+from latentd_server.failures import ReaderTooSlowError
 from latentd_server.job import Array, Preview
 
 Source = Callable[[], list[Message]]
 """Makes messages when it is their turn; for what may be superseded until then."""
 
 
+class Timer(Protocol):
+    """What a `CallLater` returns."""
+
+    def cancel(self) -> None:
+        """Do not call."""
+
+
+CallLater = Callable[[float, Callable[[], None]], Timer]
+"""As the event loop's `call_later`."""
+
+
 class Outbox:
     """One reader's messages. Belongs to the event loop; one task reads it."""
 
-    def __init__(self, limit_bytes: int, limit_messages: int, on_full: Callable[[bool], None]) -> None:
-        """`on_full` is told True when more than the limit waits, and False once half of it is gone."""
+    def __init__(
+        self,
+        limit_bytes: int,
+        limit_messages: int,
+        on_full: Callable[[bool], None],
+        *,
+        reader_timeout_s: float,
+        call_later: CallLater,
+    ) -> None:
+        """`on_full` is told True when more than the limit waits, and False once half of it is gone.
+
+        `reader_timeout_s` is how long it may be full without a write finishing; 0 is for ever.
+        """
         self._limit_bytes = limit_bytes
         self._limit_messages = limit_messages
         self._on_full = on_full
@@ -35,6 +59,10 @@ class Outbox:
         self._arrival: asyncio.Future[None] | None = None
         self._room = asyncio.Event()
         self._room.set()
+        self._reader_timeout_s = reader_timeout_s
+        self._call_later = call_later
+        self._delivery: asyncio.Timeout | None = None
+        self._timer: Timer | None = None
         self.full = False
 
     def put(self, message: Message, size: int = 0) -> None:
@@ -61,6 +89,27 @@ class Outbox:
         """Wait until little enough waits to take on more work for this reader."""
         await self._room.wait()
 
+    async def deliver(self, write: Callable[[Any], Awaitable[None]]) -> None:
+        """Write every message, each when the one before it is written, until nothing more will come.
+
+        Raises:
+            ReaderTooSlowError: it was full for too long without a write finishing; what waits is dropped.
+            Exception: what it was closed with.
+        """
+        try:
+            async with asyncio.timeout(None) as delivery:
+                self._delivery = delivery
+                async for message in self:
+                    await write(message)
+        except TimeoutError:
+            if not delivery.expired():
+                raise
+            self._waiting.clear()
+            raise ReaderTooSlowError(self._reader_timeout_s) from None
+        finally:
+            self._delivery = None
+            self._watch()
+
     def __aiter__(self) -> "Outbox":
         return self
 
@@ -70,6 +119,7 @@ class Outbox:
             self._bytes -= self._writing
             self._writing = 0
             self._measure()
+        self._watch()
         while True:
             if not self._waiting:
                 if self._closed:
@@ -89,12 +139,26 @@ class Outbox:
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
 
+    def _watch(self) -> None:
+        """Give the write under way its time from now on; all the time there is, unless much waits behind it."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self.full and self._delivery is not None and self._reader_timeout_s:
+            self._timer = self._call_later(self._reader_timeout_s, self._give_up)
+
+    def _give_up(self) -> None:
+        if self._delivery is not None:
+            self._delivery.reschedule(0)  # long ago
+
     def _measure(self) -> None:
         if not self.full and self._bytes > self._limit_bytes:
             self.full = True
+            self._watch()
             self._on_full(True)
         elif self.full and self._bytes * 2 <= self._limit_bytes:
             self.full = False
+            self._watch()
             self._on_full(False)
         if self.full or len(self._waiting) > self._limit_messages:
             self._room.clear()

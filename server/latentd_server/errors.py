@@ -96,6 +96,11 @@ def _quota_exceeded(error: failures.QuotaExceededError) -> _Row:
     return _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUOTA_EXCEEDED, {"subject": error.subject}, failure)
 
 
+def _reader_too_slow(error: failures.ReaderTooSlowError) -> _Row:
+    metadata = {"timeout_seconds": f"{error.timeout_s:g}"}
+    return _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.READER_TOO_SLOW, metadata)
+
+
 def _deadline_unreachable(error: failures.DeadlineUnreachableError) -> _Row:
     metadata = {} if error.estimate_s is None else {"estimate_seconds": f"{error.estimate_s:.3f}"}
     return _Row(grpc.StatusCode.DEADLINE_EXCEEDED, Reason.DEADLINE_UNREACHABLE, metadata)
@@ -122,6 +127,7 @@ _TABLE: dict[type[failures.ServingError], Callable[..., _Row]] = {
     failures.OverloadedError: _overloaded,
     failures.DrainingError: _draining,
     failures.QuotaExceededError: _quota_exceeded,
+    failures.ReaderTooSlowError: _reader_too_slow,
     failures.DeadlineUnreachableError: _deadline_unreachable,
     failures.DeadlineError: _deadline_exceeded,
     failures.CancelledError: _cancelled,

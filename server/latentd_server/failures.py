@@ -83,6 +83,14 @@ class QuotaExceededError(ServingError):
         self.description = description
 
 
+class ReaderTooSlowError(ServingError):
+    """The reader stood still while much waited for it; what was still done for it is given up."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"more waits to be read than the server keeps, and nothing was read for {timeout_s:g} s")
+        self.timeout_s = timeout_s
+
+
 class DeadlineError(ServingError):
     """The deadline passed."""
 

@@ -8,6 +8,7 @@ then a refusal lets gRPC retry the call by itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -21,7 +22,7 @@ from latentd.names import CALLER_KEY, REQUEST_ID_KEY
 
 from latentd_server import errors
 from latentd_server.accounts import Peer
-from latentd_server.failures import FieldsInvalidError, Violation
+from latentd_server.failures import FieldsInvalidError, ReaderTooSlowError, Violation
 
 Context = aio.ServicerContext[Any, Any]
 Answer = TypeVar("Answer")
@@ -127,6 +128,22 @@ async def _refuse(refusal: errors.Refusal, context: Context, peer: Peer) -> NoRe
     raise AssertionError("abort does not return")
 
 
+_left: set[asyncio.Task[None]] = set()
+"""Refusals on their way behind messages that nobody reads; held, or they might be collected."""
+
+
+def _leave_word(refusal: errors.Refusal, context: Context, peer: Peer) -> None:
+    """Refuse without waiting for it: the status travels behind what was written, which may never be read."""
+
+    async def refuse() -> None:
+        with contextlib.suppress(aio.AbortError, aio.InternalError):  # sent, or the call is over
+            await _refuse(refusal, context, peer)
+
+    task = asyncio.create_task(refuse())
+    _left.add(task)
+    task.add_done_callback(_left.discard)
+
+
 async def guarded(work: Awaitable[Answer], end: Callable[[str, str], None], context: Context, peer: Peer) -> Answer:
     """Await a handler's work; tell its end to the books, and its failure to the caller."""
     try:
@@ -140,6 +157,9 @@ async def guarded(work: Awaitable[Answer], end: Callable[[str, str], None], cont
     except Exception as error:
         refusal = errors.refusal(error)
         end(refusal.code.name, refusal.reason)
+        if isinstance(error, ReaderTooSlowError):
+            _leave_word(refusal, context, peer)
+            raise asyncio.CancelledError from None
         await _refuse(refusal, context, peer)
     end("OK", "")
     return answer

@@ -10,13 +10,14 @@ from latentd_server.schedules import Schedule
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request, or one stream, may ask for."""
+    """What one request, or one stream, may ask for, and how long its reader may stand still."""
 
     max_samples: int = 1024  # samples, or rows of a tensor
     max_steps: int = 1000
     max_evaluations: int = 1_000_000  # network rows of the whole request
     max_open_ids: int = 1024  # unfinished requests of a stream
     max_loop_samples: int = 4096  # samples of a stream's open loops, together
+    reader_timeout_s: float = 30.0  # 0 is for ever
 
 
 @dataclass(frozen=True, slots=True)

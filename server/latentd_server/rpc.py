@@ -70,14 +70,19 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         """One `accepted`, then previews and results."""
         peer = peer_of(context)
-        outbox = Outbox(OUTBOX_BYTES, 0, lambda full: exchange.pause(full))
+        outbox = Outbox(
+            OUTBOX_BYTES,
+            0,
+            lambda full: exchange.pause(full),
+            reader_timeout_s=self._door.limits.reader_timeout_s,
+            call_later=asyncio.get_running_loop().call_later,
+        )
         exchange = SampleExchange(self._door, peer, "Sample", _OutboxReply(outbox))
 
         async def serve() -> None:
             exchange.start(request, self._deadline(context))
             await echo(context, peer)
-            async for response in outbox:
-                await context.write(response)
+            await outbox.deliver(context.write)
 
         with self._calls:
             await guarded(serve(), exchange.end, context, peer)

@@ -6,7 +6,7 @@ exactly one `final` message. The rules:
 * an error ends its own id only; a message that names an id wrongly (one in use, an open loop where there is none)
   is refused with an error that leaves the id's own request alone, and is not `final` while that goes on;
 * when the client half-closes, what was accepted is finished; loops left open are then given up, and told so;
-* nothing more is read while much waits to be written.
+* nothing more is read while much waits to be written; a client that reads nothing meanwhile is given up.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from latentd_server.failures import (
     DrainingError,
     FieldsInvalidError,
     QuotaExceededError,
+    ReaderTooSlowError,
     Violation,
 )
 from latentd_server.handling import Junk
@@ -44,20 +45,34 @@ class Session:
         self._deadline = deadline
         self._open: dict[int, Exchange] = {}
         self._half_closed = False
-        self._outbox = Outbox(OUTBOX_BYTES, door.limits.max_open_ids, self._reader_is_slow)
+        self._outbox = Outbox(
+            OUTBOX_BYTES,
+            door.limits.max_open_ids,
+            self._reader_is_slow,
+            reader_timeout_s=door.limits.reader_timeout_s,
+            call_later=asyncio.get_running_loop().call_later,
+        )
 
     async def run(
         self, requests: AsyncIterator[pb.StreamRequest | Junk], write: Callable[[pb.StreamResponse], Awaitable[None]]
     ) -> None:
-        """Serve the stream until both sides are done with it."""
+        """Serve the stream until both sides are done with it.
+
+        Raises:
+            ReaderTooSlowError: the client reads nothing; everything that was open is given up.
+        """
         reader = asyncio.create_task(self._read(requests))
+        left_open = ("CANCELLED", "")
         try:
-            async for message in self._outbox:
-                await write(message)
+            await self._outbox.deliver(write)
+        except ReaderTooSlowError as error:
+            refusal = errors.refusal(error)
+            left_open = (refusal.code.name, refusal.reason)
+            raise
         finally:
             reader.cancel()
             for exchange in self._open.values():
-                exchange.end("CANCELLED")
+                exchange.end(*left_open)
 
     def shut(self) -> None:
         """The server goes down: give up what is open, and end the stream behind what waits to be written."""

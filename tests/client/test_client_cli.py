@@ -151,6 +151,7 @@ def test_interpolate_takes_seeds_latents_and_pictures(run: Run, server: FakeServ
         (Reason.MODEL_FAILED, grpc.StatusCode.FAILED_PRECONDITION, 4),
         (Reason.DEADLINE_UNREACHABLE, grpc.StatusCode.DEADLINE_EXCEEDED, 6),
         (Reason.QUOTA_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED, 7),
+        (Reason.READER_TOO_SLOW, grpc.StatusCode.RESOURCE_EXHAUSTED, 7),
         (Reason.RUNTIME_FAILURE, grpc.StatusCode.INTERNAL, 8),
     ],
 )

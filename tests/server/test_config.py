@@ -58,6 +58,7 @@ def test_the_defaults_are_those_of_the_documentation(models: Path) -> None:
     assert (config.listen, config.http, config.health, config.admin) == ("127.0.0.1:8500", "127.0.0.1:9090", "", "")
     assert (config.device, config.drain_seconds, config.max_batch_rows) == ("auto", 60.0, 32)
     assert (config.max_samples, config.max_steps, config.max_message_mib) == (1024, 1000, 64)
+    assert config.reader_timeout == 30.0
 
 
 BAD = [
@@ -69,6 +70,7 @@ BAD = [
     ([], {"LATENTD_MAX_BATCH_ROWS": "1"}, "LATENTD_MAX_BATCH_ROWS: must be greater than or equal to 2; got '1'"),
     (["--drain-seconds", "-1"], {}, "--drain-seconds: must be greater than or equal to 0"),
     (["--drain-seconds", "nan"], {}, "--drain-seconds: must be"),
+    (["--reader-timeout", "-1"], {}, "--reader-timeout: must be greater than or equal to 0"),
     (["--log-level", "loud"], {}, "--log-level: must be 'debug', 'info', 'warning' or 'error'"),
     (["--models", "/no/such/place"], {}, "--models: must be a directory that exists; got '/no/such/place'"),
     (["--frobnicate"], {}, "--frobnicate: no such flag"),

@@ -1,17 +1,84 @@
 """What waits for a reader: order, bounds, and of previews the newest."""
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 from google.protobuf.wrappers_pb2 import Int32Value
 from latentd_server.delivery import Outbox, Previews
+from latentd_server.failures import ReaderTooSlowError
 from latentd_server.job import Preview
 
 
 def message(value: int) -> Int32Value:
     return Int32Value(value=value)
+
+
+class Clock:
+    """Time that a test moves."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._timers: list[_Timer] = []
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> "_Timer":
+        timer = _Timer(self._now + delay_s, callback)
+        self._timers.append(timer)
+        return timer
+
+    def pass_by(self, seconds: float) -> None:
+        """Let time pass, and what is due happen."""
+        self._now += seconds
+        for timer in [timer for timer in self._timers if timer.when <= self._now]:
+            timer.cancel()
+            timer.callback()
+
+    @property
+    def waits(self) -> int:
+        """Calls that are yet to come."""
+        return sum(timer.when < float("inf") for timer in self._timers)
+
+
+@dataclass
+class _Timer:
+    when: float
+    callback: Callable[[], None]
+
+    def cancel(self) -> None:
+        self.when = float("inf")
+
+
+@dataclass
+class Reader:
+    """What was written to it; takes a message when a test says so."""
+
+    written: list[int] = field(default_factory=list)
+    turn: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+
+    async def write(self, entry: Any) -> None:
+        await self.turn.acquire()
+        self.written.append(entry.value)
+
+    async def take(self, count: int) -> None:
+        """Take messages, and let the writer come to the next one."""
+        for _ in range(count):
+            self.turn.release()
+        for _ in range(4 * count):
+            await asyncio.sleep(0)
+
+
+def box(
+    limit_bytes: int = 100,
+    limit_messages: int = 100,
+    on_full: Callable[[bool], None] = lambda full: None,
+    reader_timeout_s: float = 30.0,
+    clock: Clock | None = None,
+) -> Outbox:
+    call_later = (clock or Clock()).call_later
+    return Outbox(limit_bytes, limit_messages, on_full, reader_timeout_s=reader_timeout_s, call_later=call_later)
 
 
 async def rest(outbox: Outbox) -> list[int]:
@@ -20,7 +87,7 @@ async def rest(outbox: Outbox) -> list[int]:
 
 async def test_messages_keep_their_order_and_end_behind_the_last() -> None:
     """Closing loses nothing that waits."""
-    outbox = Outbox(100, 100, lambda full: None)
+    outbox = box()
     for value in range(3):
         outbox.put(message(value))
     outbox.close()
@@ -29,7 +96,7 @@ async def test_messages_keep_their_order_and_end_behind_the_last() -> None:
 
 async def test_a_failure_comes_behind_what_waits() -> None:
     """What was ready is read before the failure is heard of."""
-    outbox = Outbox(100, 100, lambda full: None)
+    outbox = box()
     outbox.put(message(1))
     outbox.close(ValueError("no more"))
     outbox.close()
@@ -40,7 +107,7 @@ async def test_a_failure_comes_behind_what_waits() -> None:
 
 async def test_a_reader_that_waits_is_woken() -> None:
     """Messages, sources and the end each wake the reader."""
-    outbox = Outbox(100, 100, lambda full: None)
+    outbox = box()
     reading = asyncio.create_task(rest(outbox))
     await asyncio.sleep(0)
     outbox.put(message(1))
@@ -54,7 +121,7 @@ async def test_a_reader_that_waits_is_woken() -> None:
 async def test_a_source_makes_its_messages_when_their_turn_comes() -> None:
     """What may be superseded is not made early, and may turn out to be nothing."""
     made: list[Any] = []
-    outbox = Outbox(100, 100, lambda full: None)
+    outbox = box()
     outbox.put(message(0))
     outbox.put_source(lambda: made)
     outbox.put_source(lambda: [])
@@ -68,7 +135,7 @@ async def test_a_source_makes_its_messages_when_their_turn_comes() -> None:
 async def test_it_says_when_it_is_full_and_when_half_of_that_is_written() -> None:
     """Bytes count until the next message is asked for, which is when they have been written."""
     said: list[bool] = []
-    outbox = Outbox(100, 100, said.append)
+    outbox = box(on_full=said.append)
     for value in range(4):
         outbox.put(message(value), 40)
     assert said == [True]
@@ -84,7 +151,7 @@ async def test_it_says_when_it_is_full_and_when_half_of_that_is_written() -> Non
 
 async def test_there_is_room_until_too_many_messages_wait() -> None:
     """Small messages are bounded by number, so that a reader that stops cannot hoard errors."""
-    outbox = Outbox(10**9, 2, lambda full: None)
+    outbox = box(10**9, 2)
     for value in range(3):
         outbox.put(message(value))
     waiting = asyncio.create_task(outbox.room())
@@ -92,6 +159,74 @@ async def test_there_is_room_until_too_many_messages_wait() -> None:
     assert not waiting.done()
     await anext(outbox)
     await asyncio.wait_for(waiting, 5)
+
+
+async def delivering(outbox: Outbox, reader: Reader, messages: int) -> "asyncio.Task[None]":
+    """Messages of 40 bytes, on their way."""
+    for value in range(messages):
+        outbox.put(message(value), 40)
+    task = asyncio.create_task(outbox.deliver(reader.write))
+    await reader.take(0)
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_a_reader_that_stands_still_is_given_up() -> None:
+    """A full outbox ends its delivery once no write has finished for the time allowed, and keeps nothing."""
+    clock, reader = Clock(), Reader()
+    outbox = box(clock=clock)
+    task = await delivering(outbox, reader, 4)
+    clock.pass_by(29)
+    await asyncio.sleep(0)
+    assert not task.done()
+    clock.pass_by(1)
+    with pytest.raises(ReaderTooSlowError, match="nothing was read for 30 s"):
+        await asyncio.wait_for(task, 5)
+    assert reader.written == []
+    outbox.close()
+    assert await rest(outbox) == []
+    assert clock.waits == 0
+
+
+async def test_every_write_gives_a_slow_reader_its_time_anew() -> None:
+    """A reader that takes a message now and then is served to the end, however long that takes."""
+    clock, reader = Clock(), Reader()
+    outbox = box(clock=clock)
+    task = await delivering(outbox, reader, 9)
+    for _ in range(6):
+        assert outbox.full
+        clock.pass_by(29)
+        await reader.take(1)
+    outbox.close()
+    await reader.take(3)
+    await asyncio.wait_for(task, 5)
+    assert reader.written == list(range(9))
+    assert clock.waits == 0
+
+
+@pytest.mark.parametrize(("messages", "reader_timeout_s"), [(2, 30.0), (4, 0.0)], ids=["not full", "no limit"])
+async def test_a_reader_may_rest(messages: int, reader_timeout_s: float) -> None:
+    """While nothing is held up for it, or where the operator sets no limit, a reader has all the time there is."""
+    clock, reader = Clock(), Reader()
+    outbox = box(clock=clock, reader_timeout_s=reader_timeout_s)
+    task = await delivering(outbox, reader, messages)
+    clock.pass_by(1e9)
+    outbox.close()
+    await reader.take(messages)
+    await asyncio.wait_for(task, 5)
+    assert reader.written == list(range(messages))
+
+
+async def test_a_timeout_of_the_write_itself_is_not_the_readers() -> None:
+    """What a write raises is passed on as it is."""
+
+    async def write(entry: Any) -> None:
+        raise TimeoutError("of its own")
+
+    outbox = box()
+    outbox.put(message(1))
+    with pytest.raises(TimeoutError, match="of its own"):
+        await outbox.deliver(write)
 
 
 def look(lanes: list[int], completed: int) -> Preview:

@@ -53,6 +53,7 @@ ROWS = [
     (failures.OverloadedError(9, 9, 0.5), Code.UNAVAILABLE, "OVERLOADED", "RetryInfo"),
     (failures.DrainingError(), Code.UNAVAILABLE, "DRAINING", "RetryInfo"),
     (failures.QuotaExceededError("stream", "full"), Code.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", "QuotaFailure"),
+    (failures.ReaderTooSlowError(30), Code.RESOURCE_EXHAUSTED, "READER_TOO_SLOW", None),
     (failures.DeadlineUnreachableError("too late", 2.5), Code.DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE", None),
     (failures.DeadlineError(), Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", None),
     (failures.CancelledError(), Code.CANCELLED, "CANCELLED", None),
@@ -115,7 +116,11 @@ def test_the_details_say_what_programs_need() -> None:
     resource = details(errors.refusal(ROWS[1][0]))["ResourceInfo"]
     assert isinstance(resource, error_details_pb2.ResourceInfo)
     assert resource.resource_name == "x@1"
-    for row, key, value in ((2, "supported_methods", "Sample"), (8, "estimate_seconds", "2.500")):
+    for row, key, value in (
+        (2, "supported_methods", "Sample"),
+        (8, "timeout_seconds", "30"),
+        (9, "estimate_seconds", "2.500"),
+    ):
         info = details(errors.refusal(ROWS[row][0]))["ErrorInfo"]
         assert isinstance(info, error_details_pb2.ErrorInfo)
         assert info.metadata[key] == value
