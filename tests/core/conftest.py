@@ -4,16 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from latentd.v1 import model_pb2
 from latentd_server.samplers import COLUMNS, Table
 from latentd_server.schedules import Schedule
 from latentd_server.solvers import Evaluation
 from numpy.typing import NDArray
-
-# How long an example takes says nothing of whether it holds.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
 
 Array = NDArray[np.float64]
 Network = Callable[[Array, int], Array]
