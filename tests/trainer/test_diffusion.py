@@ -141,3 +141,20 @@ def test_settings_out_of_range_are_refused_together() -> None:
     """Every setting that is not allowed is named in one error."""
     with pytest.raises(ValueError, match=r"timestep_count=1.*; schedule='quadratic'.*; prediction='score'.*dropout=2"):
         DiffusionConfig(timestep_count=1, schedule="quadratic", prediction="score", label_dropout=2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clip_norm": -1.0},
+        {"weight_decay": -0.1},
+        {"average_decay": 1.5},
+        {"average_decay": float("nan")},
+        {"schedule": "linear", "timestep_count": 10},
+        {"schedule": "cosine", "timestep_count": 200_000, "prediction": "eps"},
+    ],
+)
+def test_settings_that_would_waste_the_training_are_refused(wrong: dict[str, object]) -> None:
+    """Steps away from the minimum, an average that runs away, a schedule that export would refuse: told before."""
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        DiffusionConfig(**wrong)

@@ -27,6 +27,7 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
+LARGEST_SEED = 2**63 - 1
 FamilyName = Annotated[str, typer.Argument(metavar="FAMILY", help=f"One of {', '.join(FAMILIES)}.")]
 
 
@@ -52,7 +53,10 @@ def fit(
         typer.Option("--set", metavar="NAME=VALUE", help="A setting of the family, see `latentd-train settings`."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the weights, the order of the data and all noise; 0 by default.")
+        int | None,
+        typer.Option(
+            min=0, max=LARGEST_SEED, help="Of the weights, the order of the data and all noise; 0 by default."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto (CUDA where there is a device), cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[
@@ -155,7 +159,7 @@ def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Directory of a bundle, MODELS/NAME/VERSION.")],
     data: Annotated[str, typer.Option(help="What it was trained on, as for fit.")] = "digits",
     out: Annotated[Path | None, typer.Option(help="Where the report goes; into the bundle if not given.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all draws and of the classifier.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of all draws and of the classifier.")] = 0,
     bars: Annotated[bool, typer.Option("--bars", help="Exit with 1 if a model of digits misses its bars.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; up to 4 if not given.")] = None,
 ) -> None:

@@ -225,7 +225,7 @@ def _diffusion_violations(bundle: bundle_pb2.Bundle) -> list[str]:
     if not model.HasField("diffusion"):
         return ["model.diffusion: must be given, as there is a denoiser"]
     spec = model.diffusion
-    found = _schedule_violations(spec)
+    found = schedule_violations(spec)
     if spec.prediction == model_pb2.DiffusionSpec.PREDICTION_UNSPECIFIED:
         found.append("prediction: must be given")
     unknown = sorted(set(spec.samplers) - set(names.SAMPLERS))
@@ -240,7 +240,8 @@ def _diffusion_violations(bundle: bundle_pb2.Bundle) -> list[str]:
     return [f"model.diffusion.{violation}" for violation in found]
 
 
-def _schedule_violations(spec: model_pb2.DiffusionSpec) -> list[str]:
+def schedule_violations(spec: model_pb2.DiffusionSpec) -> list[str]:
+    """Everything in the alphas and sigmas that a sampler could not walk along."""
     if not spec.alphas or len(spec.alphas) != len(spec.sigmas):
         return [f"alphas: {len(spec.alphas)} values and {len(spec.sigmas)} sigmas; must be as many, and at least one"]
     levels = list(zip(spec.alphas, spec.sigmas, strict=True))

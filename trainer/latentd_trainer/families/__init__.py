@@ -125,6 +125,15 @@ def below(config: Any, **least: float) -> list[str]:
     ]
 
 
+def outside(config: Any, **ranges: tuple[float, float]) -> list[str]:
+    """A sentence for each of a configuration's fields that is not in this range, both ends included."""
+    return [
+        f"{name}={getattr(config, name)}: must be from {least} to {most}"
+        for name, (least, most) in ranges.items()
+        if not least <= getattr(config, name) <= most
+    ]
+
+
 def parse_settings(config_type: type[Any], settings: Mapping[str, str]) -> Any:
     """A configuration from `NAME=VALUE` texts; what is not given keeps its default.
 

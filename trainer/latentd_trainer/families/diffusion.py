@@ -25,8 +25,9 @@ from latentd.v1 import model_pb2, tensor_pb2
 from numpy.typing import NDArray
 from torch import Tensor
 
+from latentd_trainer.contract import schedule_violations
 from latentd_trainer.data import DataInfo
-from latentd_trainer.families import Batch, Family, Moment, below, setting
+from latentd_trainer.families import Batch, Family, Moment, below, outside, setting
 from latentd_trainer.nets import UNet
 from latentd_trainer.optimization import Average, Updater, warm_up_then_cosine
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
@@ -59,17 +60,37 @@ class DiffusionConfig:
     average_decay: float = setting(0.998, "decay of the moving average of the weights, which is what is served")
 
     def __post_init__(self) -> None:
-        problems = below(self, steps=1, batch_size=1, learning_rate=0, warm_up_steps=0, timestep_count=2)
+        problems = below(
+            self,
+            steps=1,
+            batch_size=1,
+            learning_rate=0,
+            warm_up_steps=0,
+            weight_decay=0,
+            clip_norm=0,
+            timestep_count=2,
+        )
         if self.schedule not in SCHEDULES:
             problems.append(f"schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
         if self.prediction not in PREDICTIONS:
             problems.append(f"prediction={self.prediction!r}: must be one of {', '.join(PREDICTIONS)}")
         if self.width < 8 or self.width % 8:
             problems.append(f"width={self.width}: must be a multiple of 8")
-        if not 0 <= self.label_dropout <= 1:
-            problems.append(f"label_dropout={self.label_dropout}: must be from 0 to 1")
+        problems += outside(self, label_dropout=(0, 1), average_decay=(0, 1))
+        if not problems:
+            problems = [
+                f"schedule={self.schedule} with timestep_count={self.timestep_count} cannot be served: {violation}"
+                for violation in schedule_violations(self.levels())
+            ]
         if problems:
             raise ValueError("; ".join(problems))
+
+    def levels(self) -> model_pb2.DiffusionSpec:
+        """Alpha and sigma at every timestep, and what the network predicts."""
+        cumulative = cumulative_alphas(self.schedule, self.timestep_count)
+        return model_pb2.DiffusionSpec(
+            alphas=np.sqrt(cumulative), sigmas=np.sqrt(1 - cumulative), prediction=PREDICTIONS[self.prediction]
+        )
 
 
 def cumulative_alphas(schedule: str, timestep_count: int) -> NDArray[np.float64]:
@@ -99,8 +120,8 @@ class Diffusion(Family):
         self.modules = {"denoiser": network}
         self.averages = {"denoiser": Average(network, config.average_decay)}
         self.updaters = {"denoiser": Updater(network, optimizer, config.clip_norm)}
-        cumulative = cumulative_alphas(config.schedule, config.timestep_count)
-        self.alphas, self.sigmas = np.sqrt(cumulative), np.sqrt(1 - cumulative)
+        levels = config.levels()
+        self.alphas, self.sigmas = np.array(levels.alphas), np.array(levels.sigmas)
 
     @property
     def default_step_count(self) -> int:
@@ -171,14 +192,12 @@ class Diffusion(Family):
             outputs=(GraphOutput("prediction", Meaning.MEANING_PREDICTION, shape),),
         )
         spec = model_pb2.DiffusionSpec(
-            alphas=self.alphas.tolist(),
-            sigmas=self.sigmas.tolist(),
             samplers=[DEFAULT_SAMPLER, *(name for name in SAMPLERS if name != DEFAULT_SAMPLER)],
-            prediction=PREDICTIONS[self.config.prediction],
             clip_denoised=True,
             default_step_count=self.default_step_count,
             guidance_supported=self.config.label_dropout > 0,
         )
+        spec.MergeFrom(self.config.levels())
         return ServingSpec(
             family=model_pb2.Model.FAMILY_DIFFUSION,
             graphs=(denoiser,),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentd_trainer.data import DataInfo
-from latentd_trainer.families import Batch, Family, Moment, below, setting
+from latentd_trainer.families import Batch, Family, Moment, below, outside, setting
 from latentd_trainer.nets import ImageToVector, VectorToImage
 from latentd_trainer.optimization import Average, Updater
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
@@ -64,6 +64,7 @@ class GanConfig:
             latent=1,
             label_width=1,
         )
+        problems += outside(self, average_decay=(0, 1))
         if self.loss not in LOSSES:
             problems.append(f"loss={self.loss!r}: must be one of {', '.join(LOSSES)}")
         if self.width < 8 or self.width % 8:

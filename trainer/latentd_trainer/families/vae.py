@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentd_trainer.data import DataInfo
-from latentd_trainer.families import Batch, Family, Moment, below, setting
+from latentd_trainer.families import Batch, Family, Moment, below, outside, setting
 from latentd_trainer.nets import ImageToVector, VectorToImage, row_log
 from latentd_trainer.optimization import Average, Updater, warm_up_then_cosine
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
@@ -56,11 +56,21 @@ class VaeConfig:
     average_decay: float = setting(0.998, "decay of the moving average of the weights, which is what is served")
 
     def __post_init__(self) -> None:
-        problems = below(self, steps=1, batch_size=1, learning_rate=0, warm_up_steps=0, hidden=1, latent=1, free_bits=0)
+        problems = below(
+            self,
+            steps=1,
+            batch_size=1,
+            learning_rate=0,
+            warm_up_steps=0,
+            weight_decay=0,
+            clip_norm=0,
+            hidden=1,
+            latent=1,
+            free_bits=0,
+        )
         if self.width < 8 or self.width % 8:
             problems.append(f"width={self.width}: must be a multiple of 8")
-        if not 0 <= self.kl_warm_up <= 1:
-            problems.append(f"kl_warm_up={self.kl_warm_up}: must be from 0 to 1")
+        problems += outside(self, kl_warm_up=(0, 1), average_decay=(0, 1))
         if problems:
             raise ValueError("; ".join(problems))
 
