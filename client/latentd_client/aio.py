@@ -153,10 +153,10 @@ class AsyncClient:
         self._liveness.closed = True
         await self._channel.close()
 
-    async def _run(self, program: Program[_T]) -> tuple[_T, Deadline]:
-        """Answer what a program asks until it returns."""
-        deadline = Deadline.after(self._settings.timeout_s)
-        limited = False
+    async def _run(self, program: Program[_T], deadline: Deadline | None = None) -> tuple[_T, Deadline]:
+        """Answer what a program asks until it returns; within a deadline that is set already, or its own."""
+        limited = deadline is not None
+        deadline = deadline or Deadline.after(self._settings.timeout_s)
         answer: Any = None
         while True:
             try:
@@ -177,7 +177,7 @@ class AsyncClient:
     async def _call(self, ask: Unary, deadline: Deadline) -> Any:
         self._liveness.check()
         request_id = new_request_id()
-        with self._translated(request_id):
+        with self._translated(request_id, getattr(ask.request, "model", "")):
             return await self._unary_calls[ask.rpc](
                 ask.request, timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
             )
@@ -197,9 +197,11 @@ class AsyncClient:
                 run.next_request(), timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
             )
             try:
-                with self._translated(request_id):
+                with self._translated(request_id, run.request.model):
                     async for response in call:
-                        for event in run.receive(response):
+                        events = run.receive(response)
+                        await self._run(self._calls.follow(run), deadline)
+                        for event in events:
                             yield event
                 failure: errors.LatentdError | None = run.shortfall()
             except errors.LatentdError as error:
@@ -211,12 +213,17 @@ class AsyncClient:
         attempts.throttle.succeeded()
 
     @contextlib.contextmanager
-    def _translated(self, request_id: str) -> Iterator[None]:
-        """Raise this library's errors for gRPC's."""
+    def _translated(self, request_id: str, reference: str) -> Iterator[None]:
+        """Raise this library's errors for gRPC's, and learn what they say of a model."""
         try:
             yield
         except grpc.RpcError as error:
-            raise translate(error, request_id) from error
+            failure = translate(error, request_id)
+            self._calls.heed(failure, reference)
+            raise failure from error
+        except errors.LatentdError as error:
+            self._calls.heed(error, reference)
+            raise
         except asyncio.CancelledError:
             # gRPC raises this for calls that `close` gave up; a task that was cancelled itself must see it unchanged.
             task = asyncio.current_task()
@@ -295,7 +302,7 @@ class AsyncDenoiseLoop(LoopView):
         """Send what this stream has not had yet, on a new stream if it breaks."""
         while True:
             try:
-                with self._client._translated(self._request_id):
+                with self._client._translated(self._request_id, self._run.asked):
                     await self._exchange()
                 return
             except errors.LatentdError as error:
@@ -319,4 +326,5 @@ class AsyncDenoiseLoop(LoopView):
             if response is grpc.aio.EOF:
                 raise errors.ServerUnavailable("the server ended the stream of an open loop")
             self._run.receive(self._position, response)
+            await self._client._run(self._client._calls.follow(self._run), self._deadline)
             self._position += 1

@@ -17,13 +17,15 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 from google.protobuf.message import Message
+from latentd.names import parse_reference
 from latentd.v1 import generation_service_pb2 as pb
 from latentd.v1 import model_service_pb2
 from numpy.typing import ArrayLike, DTypeLike
 
 from latentd_client import messages
-from latentd_client.errors import ProtocolError
+from latentd_client.errors import FieldsInvalid, LatentdError, ModelNotFound, ProtocolError
 from latentd_client.interpolation import slerp
+from latentd_client.loop import LoopRun
 from latentd_client.messages import Array, Fields, Label, Output
 from latentd_client.model import Model
 from latentd_client.results import Decoded, Encoded, Samples, Scores, Step
@@ -80,7 +82,8 @@ class Calls:
 
     def __init__(self, draw_seed: Callable[[], int]) -> None:
         self.draw_seed = draw_seed
-        self._models: dict[str, Model] = {}  # by the reference they were asked for
+        self._models: dict[str, Model] = {}  # by canonical name; what is used of it never changes in a version
+        self._meant: dict[str, str] = {}  # the canonical name that another reference stood for when last heard of
 
     def sampling(
         self,
@@ -381,7 +384,7 @@ class Calls:
             ModelNotFound: there is none.
         """
         yield Within(timeout)
-        self._models.pop(name, None)
+        self._models.pop(self._meant.pop(name, name), None)
         return (yield from self._look_up(name))
 
     def models(self, *, timeout: float | None = None) -> Program[list[Model]]:
@@ -442,7 +445,9 @@ class Calls:
         yield Within(timeout)
         if count < 2:
             raise ValueError(f"count must be at least 2, got {count}")
-        known = yield from self._look_up(model)
+        known = yield from self.model(
+            model
+        )  # the ends are checked here, where no refusal would tell of a newer version
         ends: list[Array] = []
         labels: list[int | None] = []
         for name, end in (("first", first), ("last", last)):
@@ -498,10 +503,23 @@ class Calls:
         return encoded.array[0], label
 
     def _look_up(self, reference: str) -> Program[Model]:
-        """The model; asks the server the first time only, for what is used of it never changes in a version."""
-        if reference not in self._models:
+        """The model; asks the server only for what it has not heard of yet."""
+        known = self._models.get(self._meant.get(reference, reference))
+        if known is None:
             response: model_service_pb2.GetModelResponse = yield Unary(
                 "GetModel", model_service_pb2.GetModelRequest(name=reference)
             )
-            self._models[reference] = Model(response.model)
-        return self._models[reference]
+            known = self._models[response.model.name] = Model(response.model)
+            self._meant[reference] = known.name
+        return known
+
+    def follow(self, run: SampleRun | LoopRun) -> Program[None]:
+        """Know the model that answers a run: for a bare NAME it may be newer than the one known when it was asked."""
+        if run.accepted is not None and run.accepted.model != run.model.name:
+            self._meant[parse_reference(run.accepted.model).name] = run.accepted.model
+            run.model = yield from self._look_up(run.accepted.model)
+
+    def heed(self, failure: LatentdError, reference: str) -> None:
+        """Ask anew what a reference means once a call of it was refused: what was checked here may be out of date."""
+        if isinstance(failure, FieldsInvalid | ModelNotFound):
+            self._meant.pop(reference, None)

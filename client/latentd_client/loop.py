@@ -29,6 +29,7 @@ class LoopRun:
 
     def __init__(self, request: pb.SampleRequest, model: Model) -> None:
         self.model = model
+        self.asked = request.model  # as the caller wrote it
         self.log = [pb.StreamRequest(id=_ID, open_denoise=request)]
         self.accepted: Accepted | None = None
         self.timestep: int | None = None

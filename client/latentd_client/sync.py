@@ -83,15 +83,6 @@ def _looped(program: "_SamplingProgram[_P]") -> "Callable[Concatenate[Client, _P
     return method
 
 
-@contextlib.contextmanager
-def _translated(request_id: str) -> Iterator[None]:
-    """Raise this library's errors for gRPC's."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise translate(error, request_id) from error
-
-
 class Client:
     """Talks to a latentd server.
 
@@ -159,10 +150,10 @@ class Client:
         self._closing.set()
         self._channel.close()
 
-    def _run(self, program: Program[_T]) -> tuple[_T, Deadline]:
-        """Answer what a program asks until it returns."""
-        deadline = Deadline.after(self._settings.timeout_s)
-        limited = False
+    def _run(self, program: Program[_T], deadline: Deadline | None = None) -> tuple[_T, Deadline]:
+        """Answer what a program asks until it returns; within a deadline that is set already, or its own."""
+        limited = deadline is not None
+        deadline = deadline or Deadline.after(self._settings.timeout_s)
         answer: Any = None
         while True:
             try:
@@ -183,7 +174,7 @@ class Client:
     def _call(self, ask: Unary, deadline: Deadline) -> Any:
         self._liveness.check()
         request_id = new_request_id()
-        with _translated(request_id):
+        with self._translated(request_id, getattr(ask.request, "model", "")):
             return self._unary_calls[ask.rpc](
                 ask.request, timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
             )
@@ -203,9 +194,11 @@ class Client:
                 run.next_request(), timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
             )
             try:
-                with _translated(request_id):
+                with self._translated(request_id, run.request.model):
                     for response in call:
-                        yield from run.receive(response)
+                        events = run.receive(response)
+                        self._run(self._calls.follow(run), deadline)
+                        yield from events
                 failure: errors.LatentdError | None = run.shortfall()
             except errors.LatentdError as error:
                 failure = error
@@ -214,6 +207,19 @@ class Client:
             if failure is not None and not run.done:  # samples are final: how the stream ended changes nothing
                 self._pause(attempts, failure, run.progress, deadline)
         attempts.throttle.succeeded()
+
+    @contextlib.contextmanager
+    def _translated(self, request_id: str, reference: str) -> Iterator[None]:
+        """Raise this library's errors for gRPC's, and learn what they say of a model."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            failure = translate(error, request_id)
+            self._calls.heed(failure, reference)
+            raise failure from error
+        except errors.LatentdError as error:
+            self._calls.heed(error, reference)
+            raise
 
     def _pause(self, attempts: Attempts, failure: errors.LatentdError, progress: int, deadline: Deadline) -> None:
         """Wait before the next attempt, or raise `failure` if there shall be none."""
@@ -289,7 +295,7 @@ class DenoiseLoop(LoopView):
         """Send what this stream has not had yet, on a new stream if it breaks."""
         while True:
             try:
-                with _translated(self._request_id):
+                with self._client._translated(self._request_id, self._run.asked):
                     self._exchange()
                 return
             except errors.LatentdError as error:
@@ -315,4 +321,5 @@ class DenoiseLoop(LoopView):
             if response is None:
                 raise errors.ServerUnavailable("the server ended the stream of an open loop")
             self._run.receive(self._position, response)
+            self._client._run(self._client._calls.follow(self._run), self._deadline)
             self._position += 1

@@ -115,6 +115,8 @@ class FakeServer(generation_service_pb2_grpc.GenerationServiceServicer, model_se
     open_streams: int = 0
     port: int = 0
     versions: int = 1
+    value_limit: float = 1.0  # of samples, both ways
+    sample_shape: tuple[int, ...] = SHAPE  # as models are described
     credentials: grpc.ServerCredentials | None = None
 
     def start(self) -> "FakeServer":
@@ -357,7 +359,12 @@ class FakeServer(generation_service_pb2_grpc.GenerationServiceServicer, model_se
         return model_service_pb2.ListModelsResponse(models=models[first : first + 1], next_page_token=token)
 
     def _models(self) -> list[model_pb2.Model]:
-        spec = model_pb2.TensorSpec(data_type=tensor_pb2.DATA_TYPE_FLOAT32, shape=SHAPE, min_value=-1.0, max_value=1.0)
+        spec = model_pb2.TensorSpec(
+            data_type=tensor_pb2.DATA_TYPE_FLOAT32,
+            shape=self.sample_shape,
+            min_value=-self.value_limit,
+            max_value=self.value_limit,
+        )
         methods = [
             model_pb2.Model.METHOD_SAMPLE,
             model_pb2.Model.METHOD_ENCODE,

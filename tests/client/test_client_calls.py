@@ -3,11 +3,14 @@
 import inspect
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
-from fake_server import LATENT_SHAPE, SHAPE, TIMESTEPS, FakeServer, toy_normal, toy_sample
+from fake_server import LATENT_SHAPE, SHAPE, TIMESTEPS, FakeServer, Fault, info, toy_normal, toy_sample
+from latentd.reasons import Reason
 from latentd.v1 import generation_service_pb2 as pb
 from latentd_client import Accepted, AsyncClient, Client, Preview, Samples
+from latentd_client.errors import BY_REASON
 
 
 def expected(n: int, seed: int = 7, **fields: Any) -> np.ndarray[Any, Any]:
@@ -233,6 +236,70 @@ def test_model_asks_anew_every_time(client: Any, server: FakeServer) -> None:
     client.sample("toy")
     client.sample("toy")
     assert len(server.requests("GetModel")) == 2
+
+
+REFUSALS = [
+    (Reason.FIELD_INVALID, grpc.StatusCode.INVALID_ARGUMENT),
+    (Reason.MODEL_NOT_FOUND, grpc.StatusCode.NOT_FOUND),
+]
+
+
+@pytest.mark.parametrize(("reason", "code"), REFUSALS, ids=[reason for reason, _ in REFUSALS])
+@pytest.mark.parametrize("rpc", ["Encode", "Sample", "Stream"])
+def test_a_refusal_has_the_name_asked_for_anew(
+    client: Any, server: FakeServer, rpc: str, reason: Reason, code: grpc.StatusCode
+) -> None:
+    """What a bare name stood for may be out of date, so that the next call meets the newer version's shapes."""
+
+    def call(samples: Any) -> None:
+        if rpc == "Encode":
+            client.encode("toy-diffusion", samples)
+        elif rpc == "Sample":
+            client.sample("toy-diffusion", start=samples)
+        else:
+            with client.denoise_loop("toy-diffusion", start=samples):
+                pass
+
+    call(np.zeros(SHAPE))
+    server.sample_shape, server.versions = (2, 2), 2
+    server.fail(rpc, Fault(code=code, details=[info(reason)]))
+    with pytest.raises(BY_REASON[reason]):
+        call(np.zeros((2, 2)))
+    server.seen.clear()
+    call(np.zeros((1, 2, 2)) if rpc == "Encode" else np.zeros((1, *SHAPE)))
+    assert [request.name for request in server.requests("GetModel")] == ["toy-diffusion"]
+    server.seen.clear()
+    client.encode("toy-diffusion", np.zeros((2, 2)))  # one item of the newer version's shape
+    (sent,) = server.requests("Encode")
+    assert list(sent.samples.shape) == [1, 2, 2]
+    assert server.requests("GetModel") == []
+
+
+def test_other_failures_are_no_reason_to_ask_anew(client: Any, server: FakeServer) -> None:
+    """A call that failed for what it was, not for what the model is, leaves the memory alone."""
+    client.encode("toy", np.zeros(SHAPE))
+    server.fail("Encode", Fault(code=grpc.StatusCode.INTERNAL, details=[info(Reason.RUNTIME_FAILURE)]))
+    with pytest.raises(BY_REASON[Reason.RUNTIME_FAILURE]):
+        client.encode("toy", np.zeros(SHAPE))
+    client.encode("toy", np.zeros(SHAPE))
+    assert len(server.requests("GetModel")) == 1
+
+
+def test_samples_are_read_as_the_version_that_made_them(client: Any, server: FakeServer) -> None:
+    """When a newer version answers to a bare name, its value range goes with the samples, and is known from then on."""
+    assert client.sample("toy").value_range == (-1.0, 1.0)
+    server.value_limit, server.versions = 4.0, 2
+    assert client.sample("toy").value_range == (-4.0, 4.0)
+    assert client.decode("toy", np.zeros(3), label=1).value_range == (-4.0, 4.0)
+    assert [request.name for request in server.requests("GetModel")] == ["toy", "toy@2"]
+
+
+def test_a_loop_knows_the_version_that_takes_its_steps(client: Any, server: FakeServer) -> None:
+    """A loop that a newer version opened has that version's value range."""
+    client.sample("toy-diffusion")
+    server.value_limit, server.versions = 4.0, 2
+    with client.denoise_loop("toy-diffusion") as loop:
+        assert loop.step().value_range == (-4.0, 4.0)
 
 
 def test_interpolate_walks_between_seeds(client: Any) -> None:
