@@ -27,7 +27,10 @@ Output = Literal["mean", "draw"]
 
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
-_DATA_TYPES = {dtype: data_type for data_type, dtype in tensor.DTYPES.items()}
+_SAMPLE_TYPES = {
+    tensor.DTYPES[data_type]: data_type
+    for data_type in (tensor_pb2.DATA_TYPE_FLOAT32, tensor_pb2.DATA_TYPE_FLOAT16, tensor_pb2.DATA_TYPE_UINT8)
+}
 _OUTPUT_MODES = {"mean": pb.OUTPUT_MODE_MEAN, "draw": pb.OUTPUT_MODE_DRAW}
 
 
@@ -106,13 +109,18 @@ class Fields:
         return condition
 
     def data_type(self, dtype: DTypeLike | None) -> tensor_pb2.DataType.ValueType:
-        """The wire's name of a numpy element type; unspecified for None."""
+        """The wire's name of a numpy element type that samples can have; unspecified for None."""
         if dtype is None:
             return tensor_pb2.DATA_TYPE_UNSPECIFIED
-        data_type = _DATA_TYPES.get(np.dtype(dtype).newbyteorder("<"))
+        try:
+            wanted = np.dtype(dtype)
+        except TypeError:  # numpy knows none of that name
+            data_type, got = None, repr(dtype)
+        else:
+            data_type, got = _SAMPLE_TYPES.get(wanted.newbyteorder("<")), wanted.name
         if data_type is None:
-            allowed = ", ".join(known.name for known in _DATA_TYPES)
-            self.wrong("output_data_type", f"must be one of {allowed}, got {np.dtype(dtype).name}")
+            allowed = ", ".join(known.name for known in _SAMPLE_TYPES)
+            self.wrong("output_data_type", f"must be one of {allowed}, got {got}")
             return tensor_pb2.DATA_TYPE_UNSPECIFIED
         return data_type
 

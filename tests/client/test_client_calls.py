@@ -9,7 +9,7 @@ import pytest
 from fake_server import LATENT_SHAPE, SHAPE, TIMESTEPS, FakeServer, Fault, info, toy_normal, toy_sample
 from latentd.reasons import Reason
 from latentd.v1 import generation_service_pb2 as pb
-from latentd_client import Accepted, AsyncClient, Client, Preview, Samples
+from latentd_client import Accepted, AsyncClient, Client, FieldsInvalid, Preview, Samples
 from latentd_client.errors import BY_REASON
 
 
@@ -102,6 +102,22 @@ def test_bytes_span_0_to_255(client: Any) -> None:
     samples = client.sample("toy", dtype="uint8")
     assert samples.array.dtype == np.uint8
     assert samples.value_range == (0.0, 255.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "got"), [("int64", "int64"), (np.complex64, "complex64"), ("float31", "'float31'")], ids=str
+)
+def test_an_element_type_that_samples_cannot_have_is_refused(
+    client: Any, server: FakeServer, dtype: Any, got: str
+) -> None:
+    """The message names what the server can send as samples, and no more; nothing is sent."""
+    for call in (lambda: client.sample("toy", dtype=dtype), lambda: client.decode("toy", np.zeros(3), dtype=dtype)):
+        with pytest.raises(FieldsInvalid) as caught:
+            call()
+        (violation,) = caught.value.violations
+        assert violation.path == "output_data_type"
+        assert violation.description == f"must be one of float32, float16, uint8, got {got}"
+    assert server.requests("Sample") == server.requests("Decode") == []
 
 
 def test_first_index_continues_a_request(client: Any) -> None:
