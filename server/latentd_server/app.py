@@ -35,6 +35,7 @@ from latentd_server.http import HttpServer
 from latentd_server.metrics import Metrics
 from latentd_server.models import Registry
 from latentd_server.plans import Limits
+from latentd_server.ports import why_not_bound
 from latentd_server.rpc import GenerationService
 from latentd_server.runtime import Device, choose_device, default_threads
 
@@ -267,7 +268,7 @@ def _bind(server: aio.Server, address: str, name: str) -> str:
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise BindError(f"cannot listen on {address} ({name}): is the port in use?") from error
+        raise BindError(f"cannot listen on {address} ({name}): {why_not_bound(address)}") from error
     return f"{address.rpartition(':')[0]}:{port}"
 
 

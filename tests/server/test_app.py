@@ -25,6 +25,7 @@ from latentd.v1 import generation_service_pb2_grpc, model_pb2, model_service_pb2
 from latentd_server.app import BindError, Serving, serving
 from latentd_server.config import Config
 from latentd_server.health import Health
+from latentd_server.ports import why_not_bound
 from latentd_server.runtime import Device
 
 Status = health_pb2.HealthCheckResponse
@@ -216,9 +217,30 @@ async def test_reflection_lists_what_is_served(running: Serving) -> None:
 async def test_a_port_in_use_is_said_plainly(port: str, running: Serving, tmp_path: Path) -> None:
     """No second server shares a port in silence; what was opened is closed again."""
     taken = running.addresses["grpc" if port == "listen" else port]
-    with pytest.raises(BindError, match=f"cannot listen on {taken}"):
+    with pytest.raises(BindError, match=rf"cannot listen on {taken} \(.*\): Address already in use"):
         async with serving(config(tmp_path, **{port: taken}), Device("cpu")):
             pass
+
+
+NOWHERE = [("192.0.2.1", "Cannot assign requested address"), ("no-such-host.invalid", "Name or service not known")]
+
+
+@pytest.mark.parametrize(("host", "why"), NOWHERE, ids=["another machine's address", "a name of nothing"])
+@pytest.mark.parametrize("port", ["listen", "http", "health"])
+async def test_an_address_that_is_not_ours_is_said_plainly(port: str, host: str, why: str, tmp_path: Path) -> None:
+    """Where no port would do, nobody is sent looking for who uses it."""
+    with pytest.raises(BindError) as caught:
+        async with serving(config(tmp_path, **{port: f"{host}:8500"}), Device("cpu")):
+            pass
+    name = "grpc" if port == "listen" else port
+    assert str(caught.value).startswith(f"cannot listen on {host}:8500 ({name}): ")
+    assert why in str(caught.value) or "resolution" in str(caught.value)  # without a resolver, that is what is wrong
+
+
+def test_a_port_that_is_free_again_is_not_called_taken() -> None:
+    """Whoever held it may have let go between gRPC's try and the question why."""
+    assert "nothing wrong" in why_not_bound("127.0.0.1:0")
+    assert "nothing wrong" in why_not_bound("localhost:0")
 
 
 async def test_leaving_drains(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_a_port_in_use_exits_1_with_one_clear_line(models_root: Path) -> None:
         command = [sys.executable, "-m", "latentd_server", "--models", str(models_root), "--http", "127.0.0.1:0"]
         done = subprocess.run([*command, "--listen", address], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert f"latentd: cannot listen on {address} (grpc): is the port in use?" in done.stderr
+    assert f"latentd: cannot listen on {address} (grpc): Address already in use" in done.stderr
     assert "Traceback" not in done.stderr
 
 
