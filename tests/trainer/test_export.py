@@ -11,8 +11,10 @@ import torch
 from latentd.digest import bundle_digest
 from latentd.v1 import model_pb2
 from latentd_trainer import bundle as bundles
-from latentd_trainer import parity
+from latentd_trainer import checkpoint, export, parity
 from latentd_trainer.bundle import BundleError
+from latentd_trainer.checkpoint import RunRecord
+from latentd_trainer.data import DataInfo
 from latentd_trainer.export import write_bundle
 from latentd_trainer.onnx_graph import GraphError
 from latentd_trainer.spec import Graph, GraphOutput, Meaning, Role, ServingSpec, Source
@@ -101,6 +103,21 @@ def test_versions_count_up_from_the_newest(tmp_path: Path, tiny_specs: Specs, wr
     """A version that is not given is one above the newest there is, and the model's name carries it."""
     write_tiny(tmp_path, "gan", version=4)
     assert bundles.read(write_tiny(tmp_path, "gan")).model.name == "tiny-gan@5"
+
+
+def test_a_run_that_was_stopped_says_how_far_it_came(
+    tmp_path: Path, tiny_record: Callable[[str], RunRecord], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The record tells the steps that were done beside those asked for, and a warning that there are fewer."""
+    settings = {"width": 8, "hidden": 16, "latent": 5, "steps": 50}
+    info = DataInfo("tiny", (1, 8, 8), 17, ("a", "b"), (0.5, 0.5), "0" * 64)
+    record = dataclasses.replace(tiny_record("gan"), settings=settings, info=info)
+    checkpoint.write_record(tmp_path, record)
+    checkpoint.save(tmp_path, checkpoint.build_family("gan", settings, info, 0), 20)
+    directory = export.run(tmp_path, models=tmp_path / "models", name="stopped")
+    found = bundles.read_record(directory)
+    assert (found["trained_steps"], found["settings"]["steps"]) == (20, 50)
+    assert "trained for 20 of 50 steps so far" in caplog.text
 
 
 def test_noise_inside_a_graph_is_refused(tmp_path: Path, tiny_specs: Specs, write_tiny: Write) -> None:

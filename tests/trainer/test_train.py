@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,41 @@ def test_a_second_signal_does_not_wait(digits: Dataset, tmp_path: Path, monkeypa
     at_step(monkeypatch, Vae, 4, twice)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, record_of("vae", digits), digits)
+
+
+def test_signals_that_torchrun_repeats_do_not_keep_it_from_saving() -> None:
+    """Among several processes a second signal is one more in the list, and the old handler is back afterwards."""
+    before = signal.getsignal(signal.SIGINT)
+    with train._caught_signals(2) as received:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert received == [signal.SIGINT, signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_a_killed_process_left_is_removed(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of a checkpoint, a run goes on from the one before and the half-written file is gone."""
+    script = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from latentd_trainer.checkpoint import write_whole
+        os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+        write_whole(Path(sys.argv[1]), b"half")
+    """
+    record = record_of("vae", digits)
+    with monkeypatch.context() as patch:
+        at_step(patch, Vae, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(train.InterruptedTraining):
+            fit(tmp_path, record, digits)
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / CHECKPOINT_FILE)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".*"))) == 1
+    assert checkpoint.load_run(tmp_path).step == 10
+    fit(tmp_path, record, digits, resume=True)
+    assert not list(tmp_path.glob(".*"))
+    assert checkpoint.load_run(tmp_path).step == 20
 
 
 def test_a_full_disk_stops_with_the_last_checkpoint_intact(

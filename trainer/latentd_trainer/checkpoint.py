@@ -28,6 +28,7 @@ from latentd_trainer.families import Family, load_family
 FORMAT_VERSION = 1
 RECORD_FILE = "config.json"
 CHECKPOINT_FILE = "checkpoint.safetensors"
+_ASIDE_SUFFIX = ".partial"
 
 
 class CheckpointError(Exception):
@@ -64,7 +65,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: it could not be written, as on a full disk; the old content is intact.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{os.getpid()}{_ASIDE_SUFFIX}")
     try:
         try:
             with open(aside, "wb") as file:
@@ -81,6 +82,12 @@ def write_whole(path: Path, content: bytes) -> None:
             os.close(directory)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a process that was killed while writing left in a run that nobody else writes to now."""
+    for path in directory.glob(f".*{_ASIDE_SUFFIX}"):
+        path.unlink(missing_ok=True)
 
 
 def build_family(name: str, settings: Mapping[str, Any], info: DataInfo, seed: int) -> Family:

@@ -45,6 +45,9 @@ def run(
         BundleError: see `write_bundle`.
     """
     trained = load_run(run_directory)
+    asked = trained.family.config.steps
+    if trained.step < asked:
+        _log.warning("%s: trained for %d of %d steps so far", run_directory, trained.step, asked)
     return write_bundle(
         trained.family.serving_spec(),
         trained.record,
@@ -54,6 +57,7 @@ def run(
         version=version,
         license=license,
         replace=replace,
+        trained_steps=trained.step,
     )
 
 
@@ -67,6 +71,7 @@ def write_bundle(
     version: int | None = None,
     license: str = "Apache-2.0",
     replace: bool = False,
+    trained_steps: int | None = None,
 ) -> Path:
     """Write `models/NAME/VERSION/` and return it.
 
@@ -82,6 +87,7 @@ def write_bundle(
         version: Its version; the next free one if not given.
         license: SPDX identifier of the weights' licence.
         replace: Whether an existing version may be replaced.
+        trained_steps: How many steps it was trained for, which may be fewer than the settings ask for.
 
     Raises:
         GraphError: a network cannot be exported, breaks the contract, or differs from torch by more than
@@ -106,17 +112,18 @@ def write_bundle(
         network.sha256 = bundles.sha256(data)
     bundle.model.digest = bundle_digest(bundle)
     files[CHECKPOINT_FILE] = safetensors.torch.save(weights(spec))
-    files[bundles.RECORD_FILE] = (json.dumps(_record(record, proofs), indent=2) + "\n").encode()
+    files[bundles.RECORD_FILE] = (json.dumps(_record(record, trained_steps, proofs), indent=2) + "\n").encode()
     bundles.write(directory, bundle, files, replace=replace)
     return directory
 
 
-def _record(record: RunRecord, proofs: Mapping[str, Any]) -> dict[str, Any]:
+def _record(record: RunRecord, trained_steps: int | None, proofs: Mapping[str, Any]) -> dict[str, Any]:
     """How the bundle came about. Where the data lay is left out; their digest is in."""
     training = dataclasses.asdict(record)
     del training["data"]
     return {
         **training,
+        "trained_steps": trained_steps,
         "export": {
             "opset": onnx_graph.OPSET,
             "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": ort.__version__},

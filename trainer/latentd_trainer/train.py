@@ -109,9 +109,11 @@ def fit(
             if shard.is_first and not resume:
                 directory.mkdir(parents=True, exist_ok=True)
                 checkpoint.write_record(directory, record)
+            if shard.is_first:
+                checkpoint.remove_leftovers(directory)
             log = stack.enter_context(TrainingLog(directory, start, enabled=shard.is_first))
             loop = _Loop(directory, record, dataset, family, device, shard, log)
-            received = stack.enter_context(_caught_signals())
+            received = stack.enter_context(_caught_signals(shard.count))
             if shard.is_first:
                 stack.enter_context(display.running(record.family, start, loop.step_count))
             loop.run(start, interval, received, display)
@@ -203,8 +205,11 @@ def _move(family: Family, device: torch.device, precision: str) -> None:
 
 
 @contextmanager
-def _caught_signals() -> Iterator[list[int]]:
+def _caught_signals(process_count: int) -> Iterator[list[int]]:
     """SIGINT and SIGTERM as numbers in a list. The first restores the old handlers, so that a second one ends at once.
+
+    Not so among several processes: `torchrun` sends on to them what reached them already by their process group,
+    as Ctrl-C does, and ends those by force that take too long.
 
     Signals reach Python's main thread alone; elsewhere the list stays empty.
     """
@@ -217,7 +222,8 @@ def _caught_signals() -> Iterator[list[int]]:
 
     def handle(number: int, _: FrameType | None) -> None:
         received.append(number)
-        restore()
+        if process_count == 1:
+            restore()
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread else ():
