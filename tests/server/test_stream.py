@@ -42,9 +42,22 @@ async def served(engine: ManualEngine, held: dict[str, Any], limits: Limits) -> 
         yield running
 
 
+class Bounded:
+    """A call whose reads fail where a wrong server would leave them waiting for ever."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    async def read(self) -> Any:
+        return await asyncio.wait_for(self._call.read(), 10)
+
+
 @pytest.fixture
 async def call(served: Front) -> AsyncIterator[Any]:
-    call = served.stub.Stream()
+    call = Bounded(served.stub.Stream())
     yield call
     call.cancel()
 
@@ -159,7 +172,7 @@ async def test_cancel_ends_an_id_with_a_final_message(call: Any, engine: ManualE
 
 async def test_a_timeout_of_its_own_or_the_streams_whichever_is_earlier(served: Front, engine: ManualEngine) -> None:
     """Each request's deadline is the minimum of both; a timeout must be positive."""
-    call = served.stub.Stream(timeout=500)
+    call = Bounded(served.stub.Stream(timeout=500))
     for request_id, seconds in ((1, None), (2, 100), (3, 1000)):
         timeout = None if seconds is None else Duration(seconds=seconds)
         await call.write(Request(id=request_id, timeout=timeout, decode=DECODE))
