@@ -15,25 +15,28 @@ import grpc
 import numpy as np
 from latentd import tensor
 from latentd.v1 import generation_service_pb2 as pb
-from latentd.v1 import generation_service_pb2_grpc
+from latentd.v1 import generation_service_pb2_grpc, model_pb2, model_service_pb2, model_service_pb2_grpc
 
 STEPS = (10, 25, 50)
 SAMPLERS = ("ddim", "ddpm", "dpmpp-2m", "euler", "dpmpp-2m-sde")
 VAE, DIFFUSION = "digits-vae", "digits-diffusion"
 
 
-def decode_request(index: int, rows: int, width: int) -> pb.DecodeRequest:
+def decode_request(index: int, rows: int, model: model_pb2.Model) -> pb.DecodeRequest:
     """Rows of latents of one class."""
-    latents = np.random.default_rng(index).standard_normal((rows, width), np.float32)
-    condition = pb.Condition(class_label=index % 10)
+    latents = np.random.default_rng(index).standard_normal((rows, model.latent_spec.shape[0]), np.float32)
+    condition = pb.Condition(class_label=index % len(model.class_names))
     return pb.DecodeRequest(model=VAE, latents=tensor.encode(latents), condition=condition)
 
 
-def sample_request(index: int) -> pb.SampleRequest:
+def sample_request(index: int, model: model_pb2.Model) -> pb.SampleRequest:
     """One sample; step counts and samplers take turns."""
     options = pb.DiffusionOptions(step_count=STEPS[index % len(STEPS)], sampler=SAMPLERS[index % len(SAMPLERS)])
     return pb.SampleRequest(
-        model=DIFFUSION, seed=index, diffusion=options, condition=pb.Condition(class_label=index % 10)
+        model=DIFFUSION,
+        seed=index,
+        diffusion=options,
+        condition=pb.Condition(class_label=index % len(model.class_names)),
     )
 
 
@@ -77,22 +80,22 @@ async def load(target: str, kind: str, concurrency: int, seconds: float) -> dict
     options = [("grpc.max_receive_message_length", 64 << 20)]
     async with grpc.aio.insecure_channel(target, options=options) as channel:
         stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
-        catalogue = await _latent_width(channel)
+        vae, diffusion = await _model(channel, VAE), await _model(channel, DIFFUSION)
         multiplexed = Multiplexed(stub) if kind.startswith("stream") else None
 
         async def unary_decode(index: int, rows: int = 1) -> None:
-            await stub.Decode(decode_request(index, rows, catalogue))
+            await stub.Decode(decode_request(index, rows, vae))
 
         async def stream_decode(index: int) -> None:
             assert multiplexed is not None
-            await multiplexed.ask(decode=decode_request(index, 1, catalogue))
+            await multiplexed.ask(decode=decode_request(index, 1, vae))
 
         async def stream_sample(index: int) -> None:
             assert multiplexed is not None
-            await multiplexed.ask(sample=sample_request(index))
+            await multiplexed.ask(sample=sample_request(index, diffusion))
 
         async def unary_sample(index: int) -> None:
-            async for _ in stub.Sample(sample_request(index)):
+            async for _ in stub.Sample(sample_request(index, diffusion)):
                 pass
 
         async def sample_256(index: int) -> None:
@@ -134,12 +137,10 @@ async def load(target: str, kind: str, concurrency: int, seconds: float) -> dict
     }
 
 
-async def _latent_width(channel: Any) -> int:
-    from latentd.v1 import model_service_pb2, model_service_pb2_grpc
-
+async def _model(channel: Any, name: str) -> model_pb2.Model:
     stub = model_service_pb2_grpc.ModelServiceStub(channel)
-    answer = await stub.GetModel(model_service_pb2.GetModelRequest(name=VAE))
-    return int(answer.model.latent_spec.shape[0])
+    answer: model_service_pb2.GetModelResponse = await stub.GetModel(model_service_pb2.GetModelRequest(name=name))
+    return answer.model
 
 
 if __name__ == "__main__":
