@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -43,6 +44,9 @@ def main() -> int:
     except (RuntimeError, LatentdError) as error:
         console.print(f"demo: {error}", style="red", markup=False)
         return 1
+    except KeyboardInterrupt:
+        console.print("demo: stopped; `make demo` goes on from here")
+        return 130
     console.print(f"\nDone in {time.monotonic() - started:.0f} s. `make serve` keeps the server running; then try")
     console.print("  .venv/bin/latentctl sample digits-diffusion -n 16 --label each --out out/mine.png")
     return 0
@@ -57,9 +61,23 @@ def train_missing() -> None:
     for family in FAMILIES:
         if family not in missing:
             console.print(f"[green]kept[/]     models/digits-{family}/1")
+    stopped = threading.Event()
+
+    def train_in_turn(family: str) -> str:
+        if stopped.is_set():  # what waited for its turn need not begin
+            return f"[yellow]left out[/] digits-{family}"
+        try:
+            return train(family)
+        except BaseException:
+            stopped.set()
+            raise
+
     with ThreadPoolExecutor(max_workers=2) as pool:
-        for done in as_completed([pool.submit(train, family) for family in missing]):
-            console.print(done.result())
+        try:
+            for done in as_completed([pool.submit(train_in_turn, family) for family in missing]):
+                console.print(done.result())
+        finally:
+            stopped.set()
 
 
 def is_evaluated(bundle: Path) -> bool:
