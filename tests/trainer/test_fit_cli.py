@@ -162,3 +162,12 @@ def test_help_does_not_wait_for_torch() -> None:
     assert result.stdout.rstrip().endswith("[]")
     for option in ("--data", "--out", "--steps", "--set", "--seed", "--device", "--precision", "--threads", "--resume"):
         assert option in result.stdout
+
+
+def test_without_torch_it_says_what_to_install(tmp_path: Path) -> None:
+    """Where only the client or the server is installed, training tells the extra that it needs."""
+    script = "import sys; sys.modules['torch'] = None; from latentd_trainer.cli import main; main()"
+    command = [sys.executable, "-c", script, "fit", "vae", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "latentd-train needs torch: pip install 'latentd[train,cpu]'\n"
