@@ -3,7 +3,15 @@
 import pytest
 import torch
 from latentd_trainer.data import DataInfo
-from latentd_trainer.families.gan import Discriminator, Gan, GanConfig, discriminator_loss, generator_loss, shifted
+from latentd_trainer.families.gan import (
+    LOSSES,
+    Discriminator,
+    Gan,
+    GanConfig,
+    discriminator_loss,
+    generator_loss,
+    shifted,
+)
 from torch.nn import functional
 
 REAL, FAKE = torch.tensor([0.3, -2.0, 40.0]), torch.tensor([-0.5, 1.5, -40.0])
@@ -93,3 +101,11 @@ def test_the_served_generator_is_the_average() -> None:
             parameter.add_(1)
     assert torch.equal(gan.sample(labels, seed=3), before)
     assert not torch.equal(gan.sample(labels, seed=4), before)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_card_says_where_scores_are_no_probabilities(loss: str) -> None:
+    """A hinge discriminator's logits are margins; its card says so, and the others' do not."""
+    info = DataInfo("tiny", (1, 8, 8), 17, ("a", "b"), (0.5, 0.5), "0" * 64)
+    description = Gan(GanConfig(loss=loss, width=8), info).serving_spec().description
+    assert ("they are no probabilities" in description) == (loss == "hinge")

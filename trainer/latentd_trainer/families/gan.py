@@ -138,7 +138,10 @@ class Discriminator(nn.Module):
 
 
 class RealProbabilityGraph(nn.Module):
-    """What is served as the scorer: (sample, label) -> D, the probability of being real."""
+    """What is served as the scorer: (sample, label) -> D, the probability of being real.
+
+    Under the hinge loss f is a margin and no log odds: there D orders images by realness, and is no probability.
+    """
 
     def __init__(self, discriminator: nn.Module) -> None:
         super().__init__()
@@ -230,6 +233,7 @@ class Gan(Family):
             description=(
                 f"Class-conditional generative adversarial network: {self.config.loss} loss, projection "
                 f"discriminator, {self.config.latent} latent dimensions."
+                + (" Its scores order images by realness; they are no probabilities." * (self.config.loss == "hinge"))
             ),
             reference_uri="https://arxiv.org/abs/1406.2661",
         )
