@@ -6,6 +6,7 @@ Sample, or one id of a `Stream`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ class Reply(Protocol):
         """There will be no (further) answer."""
 
 
-class Exchange:
+class Exchange(ABC):
     """What all exchanges share: at most one job at a time, and an account."""
 
     def __init__(self, door: Door, peer: Peer, method: str, reply: Reply) -> None:
@@ -174,8 +175,9 @@ class Exchange:
         if self._paused:
             self._door.engine.pause(self._job_id)
 
+    @abstractmethod
     def _finished(self, event: Finished) -> None:
-        raise NotImplementedError
+        """Take in lanes that are done."""
 
     def _preview(self, event: Preview) -> None:
         raise TypeError(f"{self.account.method} asks for no previews")

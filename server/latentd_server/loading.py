@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def load(directory: Path, device: Device, threads: int, max_rows: int) -> Loaded
             runners[model.name, network.role], sizes = _step_runner(data, network, stored, device, threads, max_rows)
         else:
             graph = CompiledGraph(data, device, threads)
-            sizes = certify(graph, lambda n, rng, network=network: _rows(network, model, n, rng), max_rows)  # type: ignore[misc]
+            sizes = certify(graph, partial(_rows, network, model), max_rows)
             runners[model.name, network.role] = CallRunner(graph, network, sizes)
         if not sizes.certified:
             log.warning("%s: rows of %s see each other; its bytes may change with load", model.name, network.file)
