@@ -10,7 +10,6 @@ import os
 import platform
 import secrets
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass
@@ -76,9 +75,6 @@ class Shutdown:
         self.asked.set()
 
 
-SWITCH_INTERVAL_S = 1e-4
-
-
 def run(config: Config) -> None:
     """Serve until told to stop.
 
@@ -88,9 +84,6 @@ def run(config: Config) -> None:
         EngineError: the engine failed.
     """
     _tune_malloc()
-    # When a network call returns, the device thread needs the interpreter lock at once; by default the event loop
-    # may keep it for 5 ms more, which is longer than the call itself.
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # the library leaves it untyped
     device = choose_device(config.device)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
