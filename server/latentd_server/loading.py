@@ -12,9 +12,11 @@ from latentd.v1 import bundle_pb2, model_pb2
 
 from latentd_server import samplers, step_graph
 from latentd_server.bundle import StoredBundle, read
+from latentd_server.certificate import Buckets, certify
+from latentd_server.determinism import determinism_class
 from latentd_server.job import Servable
 from latentd_server.runners import CallRunner, Runner, StepRunner
-from latentd_server.runtime import Buckets, CompiledGraph, Device, Feeds, certify, determinism_class
+from latentd_server.runtime import CompiledGraph, Device, Feeds
 from latentd_server.scheduler import GraphKey
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,10 @@ from latentd.v1 import bundle_pb2
 from numpy.typing import NDArray
 
 from latentd_server import noise, samplers
+from latentd_server.certificate import Buckets
 from latentd_server.job import CallJob, Noise, StepJob
 from latentd_server.noise import Purpose
-from latentd_server.runtime import Buckets, CompiledGraph, Feeds
+from latentd_server.runtime import CompiledGraph, Feeds
 from latentd_server.scheduler import Segment
 
 Array = NDArray[Any]

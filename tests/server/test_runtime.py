@@ -1,67 +1,10 @@
-"""Devices, batch sizes and the certificate."""
+"""Devices: which one is taken, and how much of it."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from latentd_server import runtime
-from latentd_server.runtime import Buckets, CompiledGraph, Device, DeviceError, bucket_sizes, certify, choose_device
-from onnx import TensorProto, helper
-
-CPU = Device("cpu")
-
-
-def _graph(*nodes: Any) -> CompiledGraph:
-    graph = helper.make_graph(
-        list(nodes),
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 7])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [helper.make_tensor("batch_axis", TensorProto.INT64, [1], [0])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    return CompiledGraph(model.SerializeToString(), CPU, 1)
-
-
-def _rows(count: int, rng: np.random.Generator) -> runtime.Feeds:
-    return {"x": rng.standard_normal((count, 7), np.float32)}
-
-
-def test_buckets_are_fine_at_the_top() -> None:
-    """1, 2, 4, then multiples of 4, and always the limit itself."""
-    assert bucket_sizes(16) == (1, 2, 4, 8, 12, 16)
-    assert bucket_sizes(10) == (1, 2, 4, 8, 10)
-    assert bucket_sizes(2) == (1, 2)
-    assert Buckets((1, 2, 4, 8), certified=True).fit(5) == 8
-
-
-def test_a_graph_of_independent_rows_is_certified() -> None:
-    """An elementwise graph gives equal bytes in every bucket, so all of them may be used."""
-    graph = _graph(helper.make_node("Tanh", ["x"], ["y"]))
-    assert certify(graph, _rows, 8) == Buckets((1, 2, 4, 8), certified=True)
-
-
-def test_a_graph_whose_rows_see_each_other_is_not_certified() -> None:
-    """A mean over the batch is found out."""
-    graph = _graph(
-        helper.make_node("ReduceMean", ["x", "batch_axis"], ["mean"], keepdims=1),
-        helper.make_node("Sub", ["x", "mean"], ["y"]),
-    )
-    assert not certify(graph, _rows, 8).certified
-
-
-def test_a_size_with_other_bytes_is_left_out() -> None:
-    """A bucket whose bytes differ from the largest one's is not used; the others stay."""
-
-    class Odd:
-        outputs = ("y",)
-
-        def run(self, outputs: Any, feeds: runtime.Feeds) -> list[Any]:
-            x = feeds["x"]
-            return [x / 2 if len(x) > 1 else x / 2 + np.float32(1e-3)]
-
-    assert certify(Odd(), _rows, 8) == Buckets((2, 4, 8), certified=True)  # type: ignore[arg-type]
+from latentd_server.runtime import Device, DeviceError, choose_device
 
 
 def test_cpu_is_taken_when_asked_for() -> None:
@@ -107,43 +50,3 @@ def test_auto_says_why_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(choose_device("auto")) == "cuda:0"
     providers.remove("CUDAExecutionProvider")
     assert "no CUDA provider" in choose_device("auto").reason
-
-
-def test_the_determinism_class_covers_what_can_change_bytes() -> None:
-    """Weights, threads and bucket classes each change it; equal conditions give equal strings."""
-    sizes = {1: Buckets((1, 2), certified=True)}
-    base = runtime.determinism_class("sha256:a", CPU, 2, sizes)
-    assert base == runtime.determinism_class("sha256:a", CPU, 2, sizes)
-    assert base != runtime.determinism_class("sha256:b", CPU, 2, sizes)
-    assert base != runtime.determinism_class("sha256:a", CPU, 1, sizes)
-    assert base != runtime.determinism_class("sha256:a", CPU, 2, {1: Buckets((2,), certified=True)})
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (
-            "model name\t: AMD EPYC\nflags\t\t: fpu sse2 avx2 fma",
-            "model name\t: AMD EPYC\nflags\t\t: fpu sse2 avx2 fma avx512f",
-        ),
-        ("CPU part\t: 0xd0c\nFeatures\t: fp asimd", "CPU part\t: 0xd40\nFeatures\t: fp asimd"),
-        ("CPU part\t: 0xd40\nFeatures\t: fp asimd", "CPU part\t: 0xd40\nFeatures\t: fp asimd sve i8mm"),
-    ],
-    ids=["one name, two generations", "two Arm cores", "one Arm core, two sets of instructions"],
-)
-def test_processors_that_compute_differently_are_told_apart(one: str, other: str, tmp_path: Path) -> None:
-    """Cores with other vector instructions get another class; flags that say nothing of arithmetic do not count."""
-    texts = {"one": one, "other": other, "patched": one.replace("fp", "fp ibrs smep", 1)}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
-    first, second, patched = (runtime._processor(tmp_path / name) for name in texts)
-    assert first != second
-    assert first == patched
-
-
-def test_without_a_certificate_nothing_is_promised() -> None:
-    """An uncertified graph gives a class that is never equal to another."""
-    sizes = {1: Buckets((1, 2), certified=False)}
-    classes = {runtime.determinism_class("sha256:a", CPU, 2, sizes) for _ in range(3)}
-    assert len(classes) == 3
-    assert all(name.startswith("uncertified-") for name in classes)
