@@ -34,6 +34,7 @@ from latentd_server.http import HttpServer
 from latentd_server.metrics import Metrics
 from latentd_server.models import Registry
 from latentd_server.plans import Limits
+from latentd_server.points import Points
 from latentd_server.ports import why_not_bound
 from latentd_server.rpc import GenerationService
 from latentd_server.runtime import Device, choose_device, default_threads
@@ -114,15 +115,15 @@ class Serving:
 
 
 @contextlib.asynccontextmanager
-async def serving(config: Config, device: Device) -> AsyncIterator[Serving]:
-    """Open the ports, load the models, serve; on leaving, drain.
+async def serving(config: Config, device: Device, points: Points | None = None) -> AsyncIterator[Serving]:
+    """Open the ports, load the models, serve; on leaving, drain. `points` is for tests that hold the engine.
 
     Raises:
         BindError: a port cannot be opened.
     """
     metrics = Metrics()
     metrics.running(__version__, str(device))
-    engine = Engine(metrics, max_rows=config.max_batch_rows, max_backlog=config.max_backlog)
+    engine = Engine(metrics, max_rows=config.max_batch_rows, max_backlog=config.max_backlog, points=points)
     metrics.watch(lambda: engine.backlog, lambda: engine.queue_depth)
     threads = config.threads or default_threads()
     registry = Registry(config.models, engine, device, threads=threads, max_rows=config.max_batch_rows)

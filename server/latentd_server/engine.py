@@ -27,6 +27,7 @@ from latentd_server.failures import (
     ServingError,
 )
 from latentd_server.job import Event, Failed, Finished, Job, Preview, StepJob
+from latentd_server.points import Points
 from latentd_server.runners import Outcome, Runner
 from latentd_server.scheduler import Arrival, Batch, Entry, GraphKey, Scheduler, graph_key
 
@@ -70,11 +71,13 @@ class Engine:
         max_rows: int,
         max_backlog: int,
         clock: Callable[[], float] = time.monotonic,
+        points: Points | None = None,
     ) -> None:
         """`max_rows` is the largest batch; `max_backlog` the evaluations that may be accepted and not yet run."""
         self._metrics = metrics
         self._max_backlog = max_backlog
         self._clock = clock
+        self._points = points or Points()
         self._loop = asyncio.get_running_loop()
         self._sinks: dict[int, Sink] = {}
         self._models: dict[int, str] = {}  # of the unfinished jobs
@@ -279,13 +282,14 @@ class Engine:
             block, timeout = False, None
 
     def _admit(self, job_id: int, job: Job, caller: str, now: float, deadline: float | None) -> None:
-        self._scheduler.add(job_id, job, caller, now, deadline)
+        self._points.queued(self._scheduler.add(job_id, job, caller, now, deadline))
 
     def _let_go(self, model: str) -> None:
         self._runners = {key: runner for key, runner in self._runners.items() if key[0] != model}
 
     def _ride(self, batch: Batch) -> None:
         runner = self._runners.get(batch.key)
+        self._points.evaluating(batch)
         started = self._clock()
         failures: dict[int, ServingError] = {}
         try:
@@ -305,7 +309,9 @@ class Engine:
         self._evaluations_per_s += (rate - self._evaluations_per_s) * (0.1 if self._evaluations_per_s else 1.0)
         padded = runner.padded(rows) if runner else rows
         self._metrics.batch_ran(batch.key[0], batch.key[1], rows, padded, seconds)
-        for arrival, outcome in zip(self._scheduler.complete(batch, seconds), outcomes, strict=True):
+        arrivals = self._scheduler.complete(batch, seconds)
+        self._points.evaluated(arrivals)
+        for arrival, outcome in zip(arrivals, outcomes, strict=True):
             if arrival.segment.entry.job_id not in failures:
                 self._report(arrival, outcome)
         for job_id, error in failures.items():

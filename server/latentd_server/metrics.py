@@ -30,6 +30,12 @@ class Metrics:
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
 
+        self._started = Counter(
+            "latentd_requests_started",
+            "Requests that arrived; each is counted as finished once.",
+            ["method"],
+            registry=registry,
+        )
         self._requests = Counter(
             "latentd_requests", "Finished requests.", ["method", "model", "code"], registry=registry
         )
@@ -112,6 +118,7 @@ class Metrics:
 
     def request_began(self, method: str) -> None:
         """Count a request in."""
+        self._series(self._started, method).inc()
         self._series(self._in_flight, method).inc()
 
     def request_ended(self, method: str, model: str, code: str, seconds: float) -> None:
