@@ -12,7 +12,7 @@ from latentd_trainer.checkpoint import RunRecord, build_family
 from latentd_trainer.data import DataInfo
 from latentd_trainer.export import write_bundle
 from latentd_trainer.families import FAMILIES, Batch, Family, Moment, load_family, parse_settings
-from latentd_trainer.nets import halvings
+from latentd_trainer.pyramid import halvings
 from latentd_trainer.shard import Shard
 from torch import nn
 
@@ -140,7 +140,7 @@ def test_settings_parse_by_their_type() -> None:
 
 def test_every_wrong_setting_is_named() -> None:
     """Unknown names and texts of the wrong type are all in one error."""
-    with pytest.raises(ValueError, match=r"unknown setting 'wings': must be one of steps.*; steps='many': must be int"):
+    with pytest.raises(ValueError, match=r"unknown setting 'wings': must be one of .*; steps='many': must be int"):
         parse_settings(load_family("vae").config_type, {"wings": "2", "steps": "many"})
 
 

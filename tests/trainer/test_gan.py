@@ -12,6 +12,7 @@ from latentd_trainer.families.gan import (
     generator_loss,
     shifted,
 )
+from latentd_trainer.families.sizes import PyramidSettings
 from torch.nn import functional
 
 REAL, FAKE = torch.tensor([0.3, -2.0, 40.0]), torch.tensor([-0.5, 1.5, -40.0])
@@ -77,7 +78,7 @@ def test_gradients_pass_through_shifts() -> None:
 def test_projection_adds_the_label_s_embedding_times_the_features() -> None:
     """The logits of two labels differ by the difference of their embeddings, projected on the features."""
     torch.manual_seed(0)
-    network = Discriminator((1, 8, 8), width=8, hidden=16, classes=2)
+    network = Discriminator(PyramidSettings(width=8, blocks=0).pyramid((1, 8, 8)), hidden=16, classes=2)
     images = torch.randn(5, 1, 8, 8)
     first, second = (network(images, torch.full((5,), label)) for label in (0, 1))
     direction = network.embed_label.weight[0] - network.embed_label.weight[1]

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from latentd_trainer.families import FAMILIES, load_family, parse_settings
+from latentd_trainer.families import FAMILIES, load_family, parse_settings, preset_settings
 
 if TYPE_CHECKING:
     from latentd_trainer.checkpoint import RunRecord
@@ -49,6 +49,9 @@ def fit(
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps; the default is the family's.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Settings for other data than digits, see `latentd-train settings`.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A setting of the family, see `latentd-train settings`."),
@@ -87,7 +90,8 @@ def fit(
 
     given = {"data": data, "seed": seed, "precision": precision, "threads": threads}
     try:
-        wanted = _parse_texts(settings or []) | ({} if steps is None else {"steps": str(steps)})
+        wanted = {} if preset is None else preset_settings(load_family(family), preset)
+        wanted |= _parse_texts(settings or []) | ({} if steps is None else {"steps": str(steps)})
         has_run = (out / checkpoint.RECORD_FILE).exists()
         if has_run and not resume:
             raise ValueError(f"{out} already holds a run; continue it with --resume or choose another --out")
@@ -117,16 +121,24 @@ def fit(
 
 
 @app.command("settings")
-def list_settings(family: FamilyName) -> None:
-    """List a family's settings. Their defaults are the recipe for the embedded digits; `fit --set` changes them."""
+def list_settings(
+    family: FamilyName,
+    preset: Annotated[str | None, typer.Option(help="Show this preset's values in place of the defaults.")] = None,
+) -> None:
+    """List a family's settings. Their defaults are the recipe for the embedded digits.
+
+    `fit --preset` takes a preset's values, `fit --set` changes single ones.
+    """
     try:
-        config_type = load_family(family).config_type
+        kind = load_family(family)
+        changed = {} if preset is None else preset_settings(kind, preset)
     except ValueError as error:
         _fail(error, 2)
-    table = Table("setting", "default", "what it is")
-    for entry in dataclasses.fields(config_type):
-        table.add_row(entry.name, str(entry.default), entry.metadata["help"])
+    table = Table("setting", "default" if preset is None else preset, "what it is")
+    for entry in dataclasses.fields(kind.config_type):
+        table.add_row(entry.name, changed.get(entry.name, str(entry.default)), entry.metadata["help"])
     console.print(table)
+    console.print(f"presets: {', '.join(kind.presets)}", markup=False, highlight=False)
 
 
 @app.command()

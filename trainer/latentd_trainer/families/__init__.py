@@ -68,6 +68,9 @@ class Family(ABC):
     config_type: ClassVar[type[Any]]
     """A frozen dataclass of `setting`s, and of `steps`, `batch_size` and `learning_rate` at least."""
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Settings that belong together, by name: recipes for other data than the defaults are for."""
+
     modules: Mapping[str, nn.Module]
     """What is trained."""
     averages: Mapping[str, Average]
@@ -114,6 +117,17 @@ def load_family(name: str) -> type[Family]:
     module = importlib.import_module(f"latentd_trainer.families.{name}")
     family: type[Family] = getattr(module, FAMILIES[name])
     return family
+
+
+def preset_settings(family: type[Family], name: str) -> dict[str, str]:
+    """The settings of a family's preset, as `NAME=VALUE` texts.
+
+    Raises:
+        ValueError: it has no preset of this name; the message lists those it has.
+    """
+    if name not in family.presets:
+        raise ValueError(f"unknown preset {name!r}: must be one of {', '.join(family.presets)}")
+    return {setting: str(value) for setting, value in family.presets[name].items()}
 
 
 def below(config: Any, **least: float) -> list[str]:

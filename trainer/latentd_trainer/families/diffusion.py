@@ -28,9 +28,11 @@ from torch import Tensor
 from latentd_trainer.contract import schedule_violations
 from latentd_trainer.data import DataInfo
 from latentd_trainer.families import Batch, Family, Moment, below, outside, setting
-from latentd_trainer.nets import UNet
+from latentd_trainer.families.augmentation import mirrored
+from latentd_trainer.families.sizes import PyramidSettings
 from latentd_trainer.optimization import Average, Updater, warm_up_then_cosine
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
+from latentd_trainer.unet import UNet
 
 PREDICTIONS = {
     "eps": model_pb2.DiffusionSpec.PREDICTION_EPSILON,
@@ -38,12 +40,47 @@ PREDICTIONS = {
     "x0": model_pb2.DiffusionSpec.PREDICTION_SAMPLE,
 }
 SCHEDULES = ("cosine", "linear")
+_OF_ALL_PRESETS = {"batch_size": 128, "learning_rate": 2e-4, "warm_up_steps": 5000, "weight_decay": 0.0}
+PRESETS = {
+    "28x28": _OF_ALL_PRESETS
+    | {
+        "steps": 50_000,
+        "width": 64,
+        "multipliers": "1,2,2",
+        "blocks": 2,
+        "attention_levels": "1",
+        "average_decay": 0.999,
+    },
+    "32x32": _OF_ALL_PRESETS
+    | {
+        "steps": 200_000,
+        "width": 64,
+        "multipliers": "1,2,2,2",
+        "blocks": 2,
+        "attention_levels": "1",
+        "average_decay": 0.9995,
+        "mirrored": 0.5,
+    },
+    "32x32-large": _OF_ALL_PRESETS
+    | {
+        "steps": 800_000,
+        "width": 128,
+        "multipliers": "1,2,2,3",
+        "blocks": 2,
+        "attention_levels": "1,2",
+        "attention_heads": 4,
+        "average_decay": 0.9999,
+        "mirrored": 0.5,
+    },
+}
+"""Of 4.6, 6.8 and 35.4 million parameters. The large one has the size, schedule of steps and rate of DDPM's CIFAR-10
+network (appendix B)."""
 DEFAULT_SAMPLER = "dpmpp-2m"
 """Measured best on digits: 10 of its steps cover as much as 50, where 10 steps of DDIM lose rare shapes."""
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(PyramidSettings):
     """Settings of diffusion training; the defaults are the recipe for digits."""
 
     steps: int = setting(1500, "training steps")
@@ -52,12 +89,12 @@ class DiffusionConfig:
     warm_up_steps: int = setting(100, "steps in which the rate grows from 0, before it falls along a cosine")
     weight_decay: float = setting(1e-4, "weight decay of AdamW")
     clip_norm: float = setting(1.0, "largest norm of a gradient")
-    width: int = setting(32, "channels of the U-Net at full size, a multiple of 8")
     timestep_count: int = setting(1000, "T, the length of the schedule")
     schedule: str = setting("cosine", "noise schedule: cosine or linear")
     prediction: str = setting("v", "what the network predicts: eps, v or x0")
     label_dropout: float = setting(0.15, "share of rows trained without their label; 0 makes guidance impossible")
     average_decay: float = setting(0.998, "decay of the moving average of the weights, which is what is served")
+    mirrored: float = setting(0.0, "share of images trained on left for right; 0 where that matters, as for digits")
 
     def __post_init__(self) -> None:
         problems = below(
@@ -69,14 +106,14 @@ class DiffusionConfig:
             weight_decay=0,
             clip_norm=0,
             timestep_count=2,
+            blocks=1,
         )
         if self.schedule not in SCHEDULES:
             problems.append(f"schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
         if self.prediction not in PREDICTIONS:
             problems.append(f"prediction={self.prediction!r}: must be one of {', '.join(PREDICTIONS)}")
-        if self.width < 8 or self.width % 8:
-            problems.append(f"width={self.width}: must be a multiple of 8")
-        problems += outside(self, label_dropout=(0, 1), average_decay=(0, 1))
+        problems += self.pyramid_problems()
+        problems += outside(self, label_dropout=(0, 1), average_decay=(0, 1), mirrored=(0, 1))
         if not problems:
             problems = [
                 f"schedule={self.schedule} with timestep_count={self.timestep_count} cannot be served: {violation}"
@@ -108,11 +145,12 @@ class Diffusion(Family):
     """A U-Net that predicts the noise in an image, its average, and AdamW."""
 
     config_type = DiffusionConfig
+    presets = PRESETS
     config: DiffusionConfig
 
     def __init__(self, config: DiffusionConfig, info: DataInfo) -> None:
         super().__init__(config, info)
-        network = UNet(info.shape, config.width, config.timestep_count, len(info.class_names))
+        network = UNet(config.pyramid(info.shape), config.timestep_count, len(info.class_names))
         optimizer = torch.optim.AdamW(
             network.parameters(), config.learning_rate, (0.9, 0.99), weight_decay=config.weight_decay, fused=True
         )
@@ -138,12 +176,13 @@ class Diffusion(Family):
         timesteps = (strata[torch.randperm(count, generator=generator)] * self.config.timestep_count).long()
         noise = torch.randn((count, *self.info.shape), generator=generator)
         dropped = torch.rand(count, generator=generator) < self.config.label_dropout
+        images = mirrored(batch.images, moment, self.config.mirrored)
         timestep, eps = rows(timesteps).to(device), rows(noise).to(device)
         label = torch.where(rows(dropped).to(device), -1, batch.labels)
 
         alpha, sigma = (self._at(levels, timestep) for levels in (self.alphas, self.sigmas))
-        noisy = alpha * batch.images + sigma * eps
-        target = {"eps": eps, "v": alpha * eps - sigma * batch.images, "x0": batch.images}[self.config.prediction]
+        noisy = alpha * images + sigma * eps
+        target = {"eps": eps, "v": alpha * eps - sigma * images, "x0": images}[self.config.prediction]
         with moment.autocast():
             prediction = self.network(noisy, timestep, label)
         loss = (prediction.float() - target).square().mean()

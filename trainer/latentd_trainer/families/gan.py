@@ -22,18 +22,48 @@ import torch
 from latentd.v1 import model_pb2, tensor_pb2
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latentd_trainer.data import DataInfo
 from latentd_trainer.families import Batch, Family, Moment, below, outside, setting
+from latentd_trainer.families.augmentation import mirrored
+from latentd_trainer.families.sizes import PyramidSettings
 from latentd_trainer.nets import ImageToVector, VectorToImage
 from latentd_trainer.optimization import Average, Updater
+from latentd_trainer.pyramid import Pyramid
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
 
 LOSSES = ("nonsaturating", "minimax", "hinge")
+_OF_ALL_PRESETS = {"latent": 128, "label_width": 128, "largest_shift": 4, "blocks": 1, "attention_levels": "1"}
+PRESETS = {
+    "28x28": _OF_ALL_PRESETS
+    | {"steps": 50_000, "width": 32, "multipliers": "1,2,4", "hidden": 256, "average_decay": 0.999, "largest_shift": 2},
+    "32x32": _OF_ALL_PRESETS
+    | {
+        "steps": 200_000,
+        "width": 64,
+        "multipliers": "1,2,4,4",
+        "hidden": 256,
+        "average_decay": 0.999,
+        "mirrored": 0.5,
+    },
+    "32x32-large": _OF_ALL_PRESETS
+    | {
+        "steps": 400_000,
+        "width": 96,
+        "multipliers": "1,2,4,4",
+        "blocks": 2,
+        "attention_heads": 4,
+        "hidden": 256,
+        "average_decay": 0.9999,
+        "mirrored": 0.5,
+    },
+}
+"""Of 4.4, 11.0 and 35.4 million parameters in both networks together; the generator, which is served, has half."""
 
 
 @dataclass(frozen=True)
-class GanConfig:
+class GanConfig(PyramidSettings):
     """Settings of GAN training; the defaults are the recipe for digits."""
 
     steps: int = setting(1500, "training steps, of both networks")
@@ -45,11 +75,12 @@ class GanConfig:
     largest_shift: int = setting(
         0, "pixels by which images move before the discriminator; 0 suits digits that fill the frame"
     )
-    width: int = setting(32, "channels of the networks at full size, a multiple of 8")
+    blocks: int = setting(0, "residual blocks at each level, beside the convolution that leads to it")
     hidden: int = setting(128, "width of the discriminator's linear layer")
     latent: int = setting(32, "dimensions of z")
     label_width: int = setting(16, "width of the label's embedding in the generator")
     average_decay: float = setting(0.998, "decay of the generator's moving average, which is what is served")
+    mirrored: float = setting(0.0, "share of real images shown left for right; 0 where that matters, as for digits")
 
     def __post_init__(self) -> None:
         problems = below(
@@ -64,11 +95,10 @@ class GanConfig:
             latent=1,
             label_width=1,
         )
-        problems += outside(self, average_decay=(0, 1))
+        problems += outside(self, average_decay=(0, 1), mirrored=(0, 1))
         if self.loss not in LOSSES:
             problems.append(f"loss={self.loss!r}: must be one of {', '.join(LOSSES)}")
-        if self.width < 8 or self.width % 8:
-            problems.append(f"width={self.width}: must be a multiple of 8")
+        problems += self.pyramid_problems()
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -110,10 +140,10 @@ def shifted(images: Tensor, shifts: Tensor, largest: int) -> Tensor:
 class Generator(nn.Module):
     """z and labels to images: [n, latent] f32, [n] i64 -> [n, C, H, W] f32 in [-1, 1]."""
 
-    def __init__(self, shape: tuple[int, int, int], width: int, latent: int, label_width: int, classes: int) -> None:
+    def __init__(self, pyramid: Pyramid, latent: int, label_width: int, classes: int) -> None:
         super().__init__()
         self.embed_label = nn.Embedding(classes, label_width)
-        self.trunk = VectorToImage(latent + label_width, shape, width, shape[0])
+        self.trunk = VectorToImage(latent + label_width, pyramid, pyramid.shape[0])
 
     def forward(self, latent: Tensor, label: Tensor) -> Tensor:
         """See the class."""
@@ -123,9 +153,9 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images and labels to the logit f of being real: [n, C, H, W] f32, [n] i64 -> [n] f32."""
 
-    def __init__(self, shape: tuple[int, int, int], width: int, hidden: int, classes: int) -> None:
+    def __init__(self, pyramid: Pyramid, hidden: int, classes: int) -> None:
         super().__init__()
-        self.trunk = ImageToVector(shape, width, hidden, nn.LeakyReLU(0.2))
+        self.trunk = ImageToVector(pyramid, hidden, nn.LeakyReLU(0.2))
         self.realness = nn.Linear(hidden, 1)
         self.embed_label = nn.Embedding(classes, hidden)
         nn.init.normal_(self.embed_label.weight, std=hidden**-0.5)
@@ -156,13 +186,14 @@ class Gan(Family):
     """Generator, its average, discriminator, and an Adam for each."""
 
     config_type = GanConfig
+    presets = PRESETS
     config: GanConfig
 
     def __init__(self, config: GanConfig, info: DataInfo) -> None:
         super().__init__(config, info)
-        classes = len(info.class_names)
-        self.generator = Generator(info.shape, config.width, config.latent, config.label_width, classes)
-        self.discriminator = Discriminator(info.shape, config.width, config.hidden, classes)
+        pyramid, classes = config.pyramid(info.shape), len(info.class_names)
+        self.generator = Generator(pyramid, config.latent, config.label_width, classes)
+        self.discriminator = Discriminator(pyramid, config.hidden, classes)
         self.modules = {"generator": self.generator, "discriminator": self.discriminator}
         self.averages = {"generator": Average(self.generator, config.average_decay)}
         self.updaters = {
@@ -175,15 +206,16 @@ class Gan(Family):
     def step(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """One step of the discriminator, then one of the generator. Losses: `discriminator`, `generator`, `penalty`."""
         labels, loss = batch.labels, self.config.loss
+        real = mirrored(batch.images, moment, self.config.mirrored)
         with moment.autocast():
             with torch.no_grad():
                 fake = self.generator(self._noise(batch, moment), labels)
-            real_logit = self._judge(batch.images, labels, batch, moment)
+            real_logit = self._judge(real, labels, batch, moment)
             fake_logit = self._judge(fake.float(), labels, batch, moment)
         discriminator = discriminator_loss(loss, real_logit.float(), fake_logit.float())
         losses = {"discriminator": discriminator.detach()}
         if self.config.gradient_penalty and moment.step % self.config.penalty_interval == 0:
-            penalty = self._gradient_penalty(batch)
+            penalty = self._gradient_penalty(real, labels)
             losses["penalty"] = penalty.detach()
             weight = self.config.gradient_penalty / 2 * self.config.penalty_interval
             discriminator = discriminator + weight * penalty
@@ -252,8 +284,10 @@ class Gan(Family):
         logit: Tensor = self.discriminator(images, labels)
         return logit
 
-    def _gradient_penalty(self, batch: Batch) -> Tensor:
-        """E |grad_x f(x, y)|^2 over this process's real images, [] f32; in fp32, for it is differentiated twice."""
-        images = batch.images.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self.discriminator(images, batch.labels).sum(), images, create_graph=True)
+    def _gradient_penalty(self, images: Tensor, labels: Tensor) -> Tensor:
+        """E |grad_x f(x, y)|^2 over real images ([n, C, H, W] f32), [] f32; in fp32, for it is differentiated twice."""
+        images = images.detach().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):  # the only form of attention that can be differentiated twice
+            logit = self.discriminator(images, labels)
+        (gradient,) = torch.autograd.grad(logit.sum(), images, create_graph=True)
         return gradient.square().flatten(1).sum(dim=1).mean()

@@ -27,17 +27,44 @@ from torch.nn import functional
 
 from latentd_trainer.data import DataInfo
 from latentd_trainer.families import Batch, Family, Moment, below, outside, setting
+from latentd_trainer.families.sizes import PyramidSettings
 from latentd_trainer.nets import ImageToVector, VectorToImage, row_log
 from latentd_trainer.optimization import Average, Updater, warm_up_then_cosine
+from latentd_trainer.pyramid import Pyramid
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
 
 LARGEST_LOG_VARIANCE = 8.0
 LOG_SCALE_RANGE = (-6.0, 2.0)
+_OF_ALL_PRESETS = {
+    "batch_size": 128,
+    "learning_rate": 5e-4,
+    "warm_up_steps": 2000,
+    "weight_decay": 0.01,
+    "blocks": 1,
+    "attention_levels": "1",
+    "hidden": 256,
+    "free_bits": 0.05,
+    "average_decay": 0.9995,
+}
+PRESETS = {
+    "28x28": _OF_ALL_PRESETS | {"steps": 50_000, "width": 32, "multipliers": "1,2,4", "latent": 32},
+    "32x32": _OF_ALL_PRESETS | {"steps": 150_000, "width": 64, "multipliers": "1,2,4,4", "latent": 128},
+    "32x32-large": _OF_ALL_PRESETS
+    | {
+        "steps": 300_000,
+        "width": 96,
+        "multipliers": "1,2,4,4",
+        "blocks": 2,
+        "attention_heads": 4,
+        "latent": 256,
+    },
+}
+"""Of 4.5, 11.1 and 35.6 million parameters."""
 _LN_TWO_PI = math.log(2 * math.pi)
 
 
 @dataclass(frozen=True)
-class VaeConfig:
+class VaeConfig(PyramidSettings):
     """Settings of VAE training; the defaults are the recipe for digits."""
 
     steps: int = setting(1000, "training steps")
@@ -47,6 +74,7 @@ class VaeConfig:
     weight_decay: float = setting(0.5, "weight decay of AdamW")
     clip_norm: float = setting(50.0, "largest norm of a gradient")
     width: int = setting(48, "channels of the networks at full size, a multiple of 8")
+    blocks: int = setting(0, "residual blocks at each level, beside the convolution that leads to it")
     hidden: int = setting(128, "width of the encoder's linear layer")
     latent: int = setting(8, "dimensions of z")
     free_bits: float = setting(0.3, "nats of each latent dimension's KL that cost nothing")
@@ -68,8 +96,7 @@ class VaeConfig:
             latent=1,
             free_bits=0,
         )
-        if self.width < 8 or self.width % 8:
-            problems.append(f"width={self.width}: must be a multiple of 8")
+        problems += self.pyramid_problems()
         problems += outside(self, kl_warm_up=(0, 1), average_decay=(0, 1))
         if problems:
             raise ValueError("; ".join(problems))
@@ -136,9 +163,9 @@ def _log_sigmoid(x: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Images to the mean and log variance of q(z | x): [n, C, H, W] -> [n, latent], [n, latent]."""
 
-    def __init__(self, shape: tuple[int, int, int], width: int, hidden: int, latent: int) -> None:
+    def __init__(self, pyramid: Pyramid, hidden: int, latent: int) -> None:
         super().__init__()
-        self.trunk = ImageToVector(shape, width, hidden, nn.SiLU())
+        self.trunk = ImageToVector(pyramid, hidden, nn.SiLU())
         self.head = nn.Linear(hidden, 2 * latent)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,13 +177,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """z and labels to location and log scale of every pixel: [n, latent], [n] -> [n, C, H, W], [n, C, H, W]."""
 
-    def __init__(self, shape: tuple[int, int, int], width: int, hidden: int, latent: int, class_count: int) -> None:
+    def __init__(self, pyramid: Pyramid, hidden: int, latent: int, class_count: int) -> None:
         super().__init__()
         # Of unit scale from the start: a quiet label lets z learn to carry the class, and then draws from the prior
         # show another class than the one asked for.
         self.embed_label = nn.Embedding(class_count, 2 * hidden)
         self.mix = nn.Linear(latent, hidden)
-        self.trunk = VectorToImage(hidden, shape, width, 2 * shape[0])
+        self.trunk = VectorToImage(hidden, pyramid, 2 * pyramid.shape[0])
 
     def forward(self, latent: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
@@ -201,11 +228,12 @@ class Vae(Family):
     """Encoder and decoder under one optimiser, and their average."""
 
     config_type = VaeConfig
+    presets = PRESETS
     config: VaeConfig
 
     def __init__(self, config: VaeConfig, info: DataInfo) -> None:
         super().__init__(config, info)
-        sizes = (info.shape, config.width, config.hidden, config.latent)
+        sizes = (config.pyramid(info.shape), config.hidden, config.latent)
         self.networks = nn.ModuleDict({"encoder": Encoder(*sizes), "decoder": Decoder(*sizes, len(info.class_names))})
         optimizer = torch.optim.AdamW(
             self.networks.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
