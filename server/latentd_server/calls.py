@@ -12,7 +12,7 @@ from latentd_server.fields import MAX_INT32, Fields, has_label
 from latentd_server.job import Array, CallJob, Noise
 from latentd_server.noise import Purpose
 from latentd_server.plans import Decoding, Encoding, Limits, OutputForm, SampleHead, Sampling, Scoring
-from latentd_server.wiring import LATENTS, SCORES, Graph, Meaning, Source, Wiring
+from latentd_server.wiring import LATENTS, SCORES, Graph, Input, Meaning, Source, Wiring
 
 Role = bundle_pb2.Network
 
@@ -32,6 +32,10 @@ def sample(fields: Fields, request: generation_service_pb2.SampleRequest, head: 
     resolved, count = head.resolved_request, len(head.indices)
     resolved.temperature = request.temperature if request.HasField("temperature") else 1.0
     fields.number(resolved.temperature, "temperature", 0, MAX_TEMPERATURE)
+    if model.uniform_prior and resolved.temperature != 1:
+        fields.reject(
+            "temperature", "must be unset or 1: latents of this model come from U[0, 1), which has no scale"
+        )
     graph = model.graphs[Role.ROLE_DECODER]
     labels = fields.labels(request.condition, count, model, graph)
     codes = fields.codes(request.condition, count, graph)
@@ -40,7 +44,7 @@ def sample(fields: Fields, request: generation_service_pb2.SampleRequest, head: 
     labels = _drawn_unless_given(labels, model, graph, head.seed, head.indices)
     latent = graph.input(Source.SOURCE_LATENT)
     values: Feeds = {
-        Source.SOURCE_LATENT: Noise(Purpose.START, scale=resolved.temperature),
+        Source.SOURCE_LATENT: Noise(Purpose.START, uniform=model.uniform_prior, scale=resolved.temperature),
         Source.SOURCE_CLASS_LABEL: labels,
         Source.SOURCE_CODES: codes,
     }
@@ -90,7 +94,7 @@ def encode(
     indices = np.arange(len(samples), dtype=np.int64)
     names = [latents, *([log_variance] if log_variance else [])]
     job = _job(model, graph, values, Purpose.POSTERIOR, seed or 0, indices, names)
-    return Encoding(job, latents, log_variance, bernoulli, categorical, seed)
+    return Encoding(job, latents, log_variance, bernoulli, categorical, seed, stream=len(graph.noise_inputs))
 
 
 def decode(
@@ -238,7 +242,7 @@ def _job(
         elif purpose is None:
             feeds[entry.name] = np.zeros((count, *entry.shape), np.float32)
         else:
-            feeds[entry.name] = Noise(purpose, uniform=entry.source == Source.SOURCE_UNIFORM_NOISE)
+            feeds[entry.name] = _noise(graph, entry, purpose)
     return CallJob(
         model=model.name,
         role=graph.role,
@@ -249,3 +253,8 @@ def _job(
         sample_indices=sample_indices,
         draw_indices=np.zeros_like(sample_indices) if draw_indices is None else draw_indices,
     )
+
+
+def _noise(graph: Graph, entry: Input, purpose: Purpose) -> Noise:
+    uniform = entry.source == Source.SOURCE_UNIFORM_NOISE
+    return Noise(purpose, uniform=uniform, stream=graph.noise_inputs.index(entry))

@@ -85,11 +85,12 @@ class StepJob:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """A graph input filled with fresh noise, row i by (seed, sample_indices[i], draw_indices[i])."""
+    """A graph input filled with fresh noise, row i by (seed, sample_indices[i], draw_indices[i], purpose, stream)."""
 
     purpose: Purpose
     uniform: bool = False  # U[0, 1) instead of N(0, 1)
     scale: float = 1.0
+    stream: int = 0  # the input's number among those filled for this purpose
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Counter-based noise: every number is a function of (seed, sample, step, purpose, element) and of nothing else.
 
 Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) is keyed with the seed's
-64 bits and counts in four words: (block of four elements, step, sample, purpose). Rows of different requests
+64 bits and counts in four words: (block of four elements, step, sample, purpose and stream). Rows of different requests
 are drawn in one call and do not see each other, so a sample's noise is the same alone and in any batch.
 
 The map from integers to normals is in `normal_quantile.py`; like Philox it uses exactly rounded operations only,
@@ -40,6 +40,18 @@ class Purpose(IntEnum):
     FORWARD = 6  # q(x_t | x0)
 
 
+_PURPOSE_BITS = 8
+
+
+def word(purpose: Purpose, stream: int = 0) -> int:
+    """The counter's last word: what a draw is for, and which of several independent draws for it this is.
+
+    Stream 0 is the purpose itself. A graph's noise inputs take streams 0, 1, 2 ... in the graph's order, of whichever
+    distribution they are: normals and uniforms of one counter are functions of each other.
+    """
+    return int(purpose) + (stream << _PURPOSE_BITS)
+
+
 def normals(
     seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose | Indices, size: int
 ) -> NDArray[np.float32]:
@@ -49,7 +61,7 @@ def normals(
         seeds: [n] i64, any value.
         samples: [n] i64 in [0, 2**31); the sample's index under its seed.
         steps: [n] i64 in [0, 2**31); the number of the draw within the sample.
-        purpose: What the draws are for: one `Purpose` for all rows, or [n] i64, one for each.
+        purpose: What the draws are for: one `Purpose` for all rows, or [n] i64, one `word` for each.
         size: Elements a row.
 
     Returns:

@@ -77,6 +77,7 @@ class Encoding:
     bernoulli: bool = False
     categorical: bool = False
     seed: int | None = None  # draw from the posterior
+    stream: int = 0  # of that draw; the streams before it fed the encoder
 
 
 @dataclass(frozen=True, slots=True)

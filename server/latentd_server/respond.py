@@ -123,15 +123,15 @@ def encoded(plan: Encoding, gathered: Gathered) -> generation_service_pb2.Encode
         response.normal.mean.CopyFrom(codec.encode(mean))
         response.normal.log_variance.CopyFrom(codec.encode(log_variance))
         if plan.seed is not None:
-            latents = mean + np.exp(log_variance / 2) * _normals(plan.seed, mean, Purpose.POSTERIOR)
+            latents = mean + np.exp(log_variance / 2) * _normals(plan.seed, mean, Purpose.POSTERIOR, plan.stream)
     elif plan.bernoulli:
         response.bernoulli.probability.CopyFrom(codec.encode(mean))
         if plan.seed is not None:
-            latents = (_uniforms(plan.seed, mean, Purpose.POSTERIOR) < mean).astype(np.float32)
+            latents = (_uniforms(plan.seed, mean, plan.stream) < mean).astype(np.float32)
     elif plan.categorical:
         response.categorical.probability.CopyFrom(codec.encode(mean))
         if plan.seed is not None:
-            latents = _one_hot_draws(plan.seed, mean)
+            latents = _one_hot_draws(plan.seed, mean, plan.stream)
     response.latents.CopyFrom(codec.encode(latents))
     return response
 
@@ -213,23 +213,24 @@ def convert(samples: Array, form: OutputForm) -> Array:
     return samples
 
 
-def _normals(seed: int, like: Array, purpose: Purpose) -> Array:
-    return noise.normals(*_keys(seed, like), purpose, math.prod(like.shape[1:])).reshape(like.shape)
+def _normals(seed: int, like: Array, purpose: Purpose, stream: int = 0) -> Array:
+    return noise.normals(*_keys(seed, like, purpose, stream), math.prod(like.shape[1:])).reshape(like.shape)
 
 
-def _uniforms(seed: int, like: Array, purpose: Purpose) -> Array:
-    return noise.uniforms(*_keys(seed, like), purpose, math.prod(like.shape[1:])).reshape(like.shape)
+def _uniforms(seed: int, like: Array, stream: int) -> Array:
+    keys = _keys(seed, like, Purpose.POSTERIOR, stream)
+    return noise.uniforms(*keys, math.prod(like.shape[1:])).reshape(like.shape)
 
 
-def _keys(seed: int, like: Array) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def _keys(seed: int, like: Array, purpose: Purpose, stream: int) -> tuple[NDArray[np.int64], ...]:
     """Row i is drawn by (seed, i)."""
-    count = len(like)
-    return np.full(count, seed, np.int64), np.arange(count, dtype=np.int64), np.zeros(count, np.int64)
+    count, word = len(like), noise.word(purpose, stream)
+    return np.full(count, seed), np.arange(count), np.zeros(count, np.int64), np.full(count, word)
 
 
-def _one_hot_draws(seed: int, probabilities: Array) -> Array:
+def _one_hot_draws(seed: int, probabilities: Array, stream: int) -> Array:
     """One class a row by its probabilities. [n, classes] f32 -> [n, classes] f32 of zeros and a one."""
-    points = noise.uniforms(*_keys(seed, probabilities), Purpose.POSTERIOR, 1)
+    points = noise.uniforms(*_keys(seed, probabilities, Purpose.POSTERIOR, stream), 1)
     cumulative = np.cumsum(probabilities.astype(np.float64), axis=1)
     chosen = (cumulative <= points * cumulative[:, -1:]).sum(axis=1)
     drawn = np.zeros_like(probabilities)

@@ -53,23 +53,23 @@ class _Draws:
         self._seeds: list[int] = []
         self._samples: list[Array] = []
         self._steps: list[int] = []
-        self._purposes: list[int] = []
+        self._words: list[int] = []
         self._targets: list[tuple[Array, float]] = []
 
     def want(
         self,
         target: Array,
-        purpose: Purpose,
+        word: int,
         seed: int,
         samples: Array,
         steps: Array | Sequence[int],
         scale: float = 1.0,
     ) -> None:
-        """Ask for noise to be added to `target` [k, *S] f32; S is the same for everybody."""
+        """Ask for noise to be added to `target` [k, *S] f32; S is the same for everybody, `word` is `noise.word`'s."""
         self._seeds += [seed] * len(target)
         self._samples.append(samples)
         self._steps.extend(steps)
-        self._purposes += [purpose] * len(target)
+        self._words += [word] * len(target)
         self._targets.append((target, scale))
 
     def fill(self) -> None:
@@ -81,7 +81,7 @@ class _Draws:
             np.array(self._seeds, np.int64),
             np.concatenate(self._samples),
             np.array(self._steps, np.int64),
-            np.array(self._purposes, np.int64),
+            np.array(self._words, np.int64),
             int(np.prod(shape, dtype=np.int64)),
         ).reshape(-1, *shape)
         done = 0
@@ -129,7 +129,8 @@ class CallRunner:
             feed = job.feeds[name]
             if isinstance(feed, Noise):
                 samples, numbers = job.sample_indices[lanes], job.draw_indices[lanes]
-                draws[feed.uniform].want(target[span], feed.purpose, job.seed, samples, numbers, feed.scale)
+                word = noise.word(feed.purpose, feed.stream)
+                draws[feed.uniform].want(target[span], word, job.seed, samples, numbers, feed.scale)
             else:
                 target[span] = feed[lanes]
         for wanted in draws.values():

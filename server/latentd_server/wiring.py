@@ -79,9 +79,14 @@ class Graph:
         return self.input(Source.SOURCE_CLASS_LABEL) is not None
 
     @property
+    def noise_inputs(self) -> list[Input]:
+        """The inputs that are fed fresh noise, in the graph's order."""
+        return [entry for entry in self.inputs if entry.source in _NOISE_SOURCES]
+
+    @property
     def takes_noise(self) -> bool:
         """Whether it is fed fresh noise."""
-        return any(entry.source in _NOISE_SOURCES for entry in self.inputs)
+        return bool(self.noise_inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,11 @@ class Wiring:
     default_step_count: int
     guidance_supported: bool
     determinism_class: str
+
+    @property
+    def uniform_prior(self) -> bool:
+        """Whether latents come from U[0, 1), not from N(0, 1)."""
+        return self.latent is not None and self.latent.bounded
 
     @property
     def is_diffusion(self) -> bool:
@@ -178,6 +188,9 @@ def problems(bundle: bundle_pb2.Bundle) -> list[str]:
     model = bundle.model
     roles = {network.role for network in bundle.networks}
     diffusion = model.HasField("diffusion")
+    latent = model.latent_spec
+    if not diffusion and (latent.min_value, latent.max_value) not in ((0, 0), (0, 1)):
+        found.append("model.latent_spec must have no range (a normal prior) or that of 0 to 1 (a uniform prior)")
     for method, role in _METHOD_GRAPHS.items():
         if method in model.methods and (method == Model.METHOD_SCORE or not diffusion) and role not in roles:
             name = bundle_pb2.Network.Role.Name(role)
@@ -208,7 +221,4 @@ def _graph_problems(network: bundle_pb2.Network) -> list[str]:
         if source not in _FED.get(network.role, ()):
             name = Source.Source.Name(source) if source in Source.Source.values() else str(source)
             found.append(f"takes an input from {name}, which this server does not feed to such a graph")
-    if sum(source in _NOISE_SOURCES for source in sources) > 1:
-        # They would be drawn from the same counters, and so be dependent.
-        found.append("takes more than one input of fresh noise; join them into one")
     return found

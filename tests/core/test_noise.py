@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from latentd_server.noise import Purpose, labels, normals, philox, uniforms
+from latentd_server.noise import Purpose, labels, normals, philox, uniforms, word
 from latentd_server.normal_quantile import log, normal_quantile
 from scipy import special, stats
 
@@ -65,6 +65,27 @@ def test_golden_bytes():
         digest.update(uniforms(seeds, samples, steps, purpose, 5003).astype("<f4").tobytes())
     digest.update(labels(5, np.arange(1000), np.array([0.2, 0.2, 1.0])).astype("<i8").tobytes())
     assert digest.hexdigest() == "e028f62c036b29b6376dbdcb200a669c5ff43471e3969f5cda59d471f8e23180"
+
+
+def test_golden_bytes_of_streams():
+    """Stream 0 is the purpose itself; the bytes of the others never change either."""
+    seeds, samples, steps = indices(0, -1, 5), indices(0, 2, 2**31 - 1), indices(0, 5, 1)
+    digest = hashlib.sha256()
+    for purpose in Purpose:
+        alone = uniforms(seeds, samples, steps, purpose, 1001)
+        assert uniforms(seeds, samples, steps, np.full(3, word(purpose)), 1001).tobytes() == alone.tobytes()
+        for stream in (1, 2, 2**20):
+            words = np.full(3, word(purpose, stream))
+            digest.update(normals(seeds, samples, steps, words, 1001).astype("<f4").tobytes())
+            digest.update(uniforms(seeds, samples, steps, words, 1001).astype("<f4").tobytes())
+    assert digest.hexdigest() == "17027288b8314c0e33f9a041f42b8320fece674ae6536682df94ee56616cc5ab"
+
+
+def test_no_two_streams_share_a_counter():
+    """The counter's last word tells every purpose and stream apart, within 32 bits."""
+    words = {word(purpose, stream) for purpose in Purpose for stream in range(300)} | {word(Purpose.SCORE, 2**24 - 1)}
+    assert len(words) == 300 * len(Purpose) + 1
+    assert max(words) < 2**32
 
 
 def test_bytes_do_not_depend_on_vector_code():

@@ -266,6 +266,48 @@ def write_gan(root: Path, name: str = "tiny-gan", version: int = 1, seed: int = 
     return _write(directory, model, [generator, discriminator])
 
 
+def write_echo(root: Path, name: str = "tiny-echo", version: int = 1) -> Path:
+    """Binary latents with a uniform prior; a decoder and an encoder that show the noise their inputs were fed."""
+    directory = _start(root, name, version)
+    decoder = _network(
+        directory,
+        _NET.ROLE_DECODER,
+        [
+            helper.make_node("Concat", ["z", "u", "n", "v"], ["flat"], axis=1),
+            helper.make_node("Reshape", ["flat", "to_image"], ["sample"]),
+        ],
+        [
+            ("z", _IN.SOURCE_LATENT, _F32, (4,)),
+            ("u", _IN.SOURCE_UNIFORM_NOISE, _F32, (4,)),
+            ("n", _IN.SOURCE_NORMAL_NOISE, _F32, (4,)),
+            ("v", _IN.SOURCE_UNIFORM_NOISE, _F32, (4,)),
+        ],
+        [("sample", _OUT.MEANING_SAMPLE, SHAPE)],
+        {"to_image": _image_shape()["to_image"]},
+    )
+    encoder = _network(
+        directory,
+        _NET.ROLE_ENCODER,
+        [
+            helper.make_node("Reshape", ["x", "to_flat"], ["flat"]),
+            helper.make_node("Mul", ["flat", "zero"], ["nothing"]),
+            helper.make_node("ReduceSum", ["nothing", "axis"], ["offset"], keepdims=1),
+            helper.make_node("Add", ["u", "offset"], ["probability"]),
+        ],
+        [("x", _IN.SOURCE_SAMPLE, _F32, SHAPE), ("u", _IN.SOURCE_UNIFORM_NOISE, _F32, (4,))],
+        [("probability", _OUT.MEANING_LATENT_PROBABILITY, (4,))],
+        {"to_flat": _image_shape()["to_flat"], "zero": np.float32(0), "axis": np.array([1], np.int64)},
+    )
+    model = model_pb2.Model(
+        name=f"{name}@{version}",
+        family=model_pb2.Model.FAMILY_SIGMOID_BELIEF_NET,
+        methods=[model_pb2.Model.METHOD_SAMPLE, model_pb2.Model.METHOD_ENCODE, model_pb2.Model.METHOD_DECODE],
+        sample_spec=_spec(SHAPE, -1, 1),
+        latent_spec=_spec((4,), 0, 1),
+    )
+    return _write(directory, model, [decoder, encoder])
+
+
 def write_all(root: Path) -> Path:
     """One bundle of each family under `root`, which is returned."""
     write_diffusion(root)

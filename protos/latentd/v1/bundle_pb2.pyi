@@ -139,7 +139,9 @@ class NetworkInput(google.protobuf.message.Message):
         SOURCE_SAMPLE: NetworkInput._Source.ValueType  # 1
         """The request's samples, or the sampler's current state."""
         SOURCE_LATENT: NetworkInput._Source.ValueType  # 2
-        """The request's latents, or draws from the prior N(0, temperature^2 I)."""
+        """The request's latents, or draws from the prior: N(0, temperature^2 I), or U[0, 1)
+        where `Model.latent_spec` has the range 0 to 1.
+        """
         SOURCE_TIMESTEP: NetworkInput._Source.ValueType  # 3
         """The current timestep, one int64 per row."""
         SOURCE_CLASS_LABEL: NetworkInput._Source.ValueType  # 4
@@ -147,7 +149,9 @@ class NetworkInput(google.protobuf.message.Message):
         SOURCE_CODES: NetworkInput._Source.ValueType  # 5
         """Condition.codes."""
         SOURCE_NORMAL_NOISE: NetworkInput._Source.ValueType  # 6
-        """Fresh N(0, 1) noise, from (seed, index)."""
+        """Fresh N(0, 1) noise, from (seed, index). A graph may have several noise inputs, of
+        either kind; they are independent.
+        """
         SOURCE_UNIFORM_NOISE: NetworkInput._Source.ValueType  # 7
         """Fresh U[0, 1) noise, from (seed, index); for ancestral sampling of units."""
 
@@ -159,7 +163,9 @@ class NetworkInput(google.protobuf.message.Message):
     SOURCE_SAMPLE: NetworkInput.Source.ValueType  # 1
     """The request's samples, or the sampler's current state."""
     SOURCE_LATENT: NetworkInput.Source.ValueType  # 2
-    """The request's latents, or draws from the prior N(0, temperature^2 I)."""
+    """The request's latents, or draws from the prior: N(0, temperature^2 I), or U[0, 1)
+    where `Model.latent_spec` has the range 0 to 1.
+    """
     SOURCE_TIMESTEP: NetworkInput.Source.ValueType  # 3
     """The current timestep, one int64 per row."""
     SOURCE_CLASS_LABEL: NetworkInput.Source.ValueType  # 4
@@ -167,7 +173,9 @@ class NetworkInput(google.protobuf.message.Message):
     SOURCE_CODES: NetworkInput.Source.ValueType  # 5
     """Condition.codes."""
     SOURCE_NORMAL_NOISE: NetworkInput.Source.ValueType  # 6
-    """Fresh N(0, 1) noise, from (seed, index)."""
+    """Fresh N(0, 1) noise, from (seed, index). A graph may have several noise inputs, of
+    either kind; they are independent.
+    """
     SOURCE_UNIFORM_NOISE: NetworkInput.Source.ValueType  # 7
     """Fresh U[0, 1) noise, from (seed, index); for ancestral sampling of units."""
 
