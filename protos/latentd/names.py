@@ -20,6 +20,10 @@ BUNDLE_FORMAT_VERSION = 1
 
 CALLER_KEY = "x-latentd-caller"
 """Request metadata: who calls, for fairness and logs."""
+PRIORITY_KEY = "x-latentd-priority"
+"""Request metadata: how the call shares the device with others, one of `PRIORITIES`; none is `normal`."""
+PRIORITIES = ("high", "normal", "low")
+"""Every priority, by its name in metadata, the highest first."""
 REQUEST_ID_KEY = "x-request-id"
 """Request metadata: correlates log lines; echoed in the initial metadata of the answer."""
 PUSHBACK_KEY = "grpc-retry-pushback-ms"

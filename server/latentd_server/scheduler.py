@@ -7,22 +7,30 @@ simulator can drive them with any clock.
 The rules:
 
 * Work-conserving. While any lane may ride, `plan` returns a batch; it never waits for a batch to fill.
-* One batch evaluates one graph. Graphs with work share the device's time equally.
-* Within a graph, callers share every batch equally (max-min fair, in rows, which are evaluations; the least
-  served goes first where rows are too few, and being away gains no credit). Within a caller, jobs ride in
-  order of arrival. Within a job, the lanes that are furthest along ride first, so that started work finishes.
+* One batch evaluates one graph. Priority classes with work share the device's time by their weights, and the graphs
+  of a class share the class's time equally. A flow is the work of one class on one graph. Every flow has a clock:
+  seconds by weight, of the batches it led. The flow whose clock is furthest behind leads the next batch.
+* All flows of that graph ride, and share the batch's rows by the same weights; within a flow callers do, by theirs
+  (`shares.py`: max-min fair, in rows, which are evaluations; what one cannot use the others get).
+* Being away, paused or content with less gains no credit.
+* Within a caller, jobs ride in order of arrival. Within a job, the lanes that are furthest along ride first, so that
+  started work finishes.
 * Lanes of one job move in cohorts: ranges of lanes that stand at the same evaluation. A cohort splits when the
   batch has no room for all of it.
 * A cancelled, expired or paused job rides in no later batch. What it had been given is wasted, and counted.
 """
 
 import heapq
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from latentd.v1 import bundle_pb2
 
+from latentd_server import shares
 from latentd_server.job import CallJob, Cost, Job, StepJob
+from latentd_server.priority import Priority
 
 GraphKey: TypeAlias = "tuple[str, bundle_pb2.Network.Role.ValueType]"
 """Canonical model name and `Network.Role`: what a batch is of."""
@@ -59,6 +67,7 @@ class Entry:
     job_id: int
     job: Job
     caller: str
+    priority: Priority
     admitted_s: float
     deadline_s: float | None
     cohorts: list[Cohort]  # waiting to ride, furthest along first
@@ -107,6 +116,8 @@ class Batch:
 
     key: GraphKey
     segments: list[Segment]
+    lead: "Flow"
+    weight: float  # at which its leader pays for the device's time
 
     @property
     def rows(self) -> int:
@@ -123,11 +134,12 @@ class Arrival:
     last: bool  # and with them the job is over
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Caller:
-    """One caller's work on one graph."""
+    """One caller's work in one flow."""
 
-    served: float  # rows, on the clock of its queue's `level`
+    weight: float
+    served: float  # rows by weight, on the clock of its flow's `level`
     entries: dict[int, Entry] = field(default_factory=dict)  # in order of arrival
     ready: int = 0  # entries with lanes that may ride
 
@@ -142,14 +154,39 @@ class _Caller:
         return rows
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class Flow:
+    """The work of one priority class on one graph."""
+
+    queue: "_Queue"
+    priority: Priority
+    led_s: float = 0.0  # seconds of the device by weight, of the batches it led
+    served: float = 0.0  # rows by weight, on the clock of its queue's `level`
+    weight: float = 0.0  # at the last plan: its class's, shared by the class's graphs
+    level: float = 0.0  # rows by weight, of the hungriest of its callers; where newcomers start
+    callers: dict[str, _Caller] = field(default_factory=dict)
+    ready: dict[str, _Caller] = field(default_factory=dict)  # those with lanes that may ride
+
+    def wanted(self, most: int) -> int:
+        """Rows that its lanes could take now, counted up to `most`."""
+        rows = 0
+        for caller in self.ready.values():
+            rows += caller.wanted(most - rows)
+            if rows >= most:
+                return most
+        return rows
+
+
+@dataclass(slots=True, eq=False)
 class _Queue:
     """The work of one graph."""
 
-    served: float  # seconds of the device
-    level: float = 0.0  # rows served to the least served of the callers at work; where newcomers start
-    callers: dict[str, _Caller] = field(default_factory=dict)
-    ready: dict[str, _Caller] = field(default_factory=dict)  # those with lanes that may ride
+    key: GraphKey
+    level: float = 0.0  # rows by weight, of the hungriest of its flows; where newcomers start
+    flows: dict[Priority, Flow] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.flows = {priority: Flow(self, priority) for priority in Priority}  # the highest first
 
 
 def graph_key(job: Job) -> GraphKey:
@@ -160,12 +197,15 @@ def graph_key(job: Job) -> GraphKey:
 class Scheduler:
     """The books: every accepted and unfinished job, and whose turn it is."""
 
-    def __init__(self, max_rows: int) -> None:
+    def __init__(self, max_rows: int, caller_weights: Mapping[str, float] | None = None) -> None:
+        """`caller_weights` are the shares of callers that do not weigh 1."""
         if max_rows < 2:
             raise ValueError(f"max_rows must be at least 2, since a guided lane takes two rows; got {max_rows}")
         self._max_rows = max_rows
+        self._caller_weights = dict(caller_weights or {})
         self._queues: dict[GraphKey, _Queue] = {}
-        self._level = 0.0  # seconds served to the least served of the graphs with work; where newcomers start
+        self._ready: list[Flow] = []  # those with lanes that may ride
+        self._level_s = 0.0  # the clock of the flow that led last, as it set off; where newcomers start
         self._entries: dict[int, Entry] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap; jobs that are gone stay in it until they come up
 
@@ -180,13 +220,24 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, job_id: int, job: Job, caller: str, now_s: float, deadline_s: float | None = None) -> Entry:
+    def add(
+        self,
+        job_id: int,
+        job: Job,
+        caller: str,
+        now_s: float,
+        deadline_s: float | None = None,
+        priority: Priority = Priority.NORMAL,
+    ) -> Entry:
         """Put a job on the books."""
-        entry = Entry(job_id, job, caller, now_s, deadline_s, [Cohort(0, job.lane_count, 0)])
-        queue = self._queues.setdefault(entry.key, _Queue(self._level))
-        if not queue.callers:  # no credit for time away
-            queue.served = max(queue.served, self._level)
-        queue.callers.setdefault(caller, _Caller(queue.level)).entries[job_id] = entry
+        entry = Entry(job_id, job, caller, priority, now_s, deadline_s, [Cohort(0, job.lane_count, 0)])
+        queue = self._queues.get(entry.key)
+        if queue is None:
+            queue = self._queues[entry.key] = _Queue(entry.key)
+        flow = queue.flows[priority]
+        if caller not in flow.callers:
+            flow.callers[caller] = _Caller(self._caller_weights.get(caller, 1.0), flow.level)
+        flow.callers[caller].entries[job_id] = entry
         self._entries[job_id] = entry
         if deadline_s is not None:
             heapq.heappush(self._deadlines, (deadline_s, job_id))
@@ -204,26 +255,36 @@ class Scheduler:
         wasted = sum(cohort.count * cohort.cost.evaluations for cohort in entry.cohorts)
         entry.cohorts.clear()
         self._refresh(entry)
-        queue = self._queues[entry.key]
-        caller = queue.callers[entry.caller]
+        callers = self._queues[entry.key].flows[entry.priority].callers
+        caller = callers[entry.caller]
         del caller.entries[job_id]
         if not caller.entries:
-            del queue.callers[entry.caller]
+            del callers[entry.caller]
         return wasted
 
     def _refresh(self, entry: Entry) -> None:
-        """Keep count of who may ride, after a change to an entry's cohorts or its pause."""
+        """Keep count of who may ride, after a change to an entry's cohorts or its pause. No credit for time away."""
         ready = bool(entry.cohorts) and not entry.paused
         if ready == entry.ready:
             return
         entry.ready = ready
-        queue = self._queues[entry.key]
-        caller = queue.callers[entry.caller]
-        caller.ready += 1 if ready else -1
-        if caller.ready:
-            queue.ready[entry.caller] = caller
-        else:
-            queue.ready.pop(entry.caller, None)
+        flow = self._queues[entry.key].flows[entry.priority]
+        caller = flow.callers[entry.caller]
+        if not ready:
+            caller.ready -= 1
+            if not caller.ready:
+                del flow.ready[entry.caller]
+                if not flow.ready:
+                    self._ready.remove(flow)
+            return
+        caller.ready += 1
+        if caller.ready == 1:
+            caller.served = max(caller.served, flow.level)
+            if not flow.ready:
+                flow.led_s = max(flow.led_s, self._level_s)
+                flow.served = max(flow.served, flow.queue.level)
+                self._ready.append(flow)
+            flow.ready[entry.caller] = caller
 
     def find(self, job_id: int) -> Entry | None:
         """A job on the books."""
@@ -232,7 +293,7 @@ class Scheduler:
     @property
     def can_ride(self) -> bool:
         """Whether `plan` would return a batch."""
-        return any(queue.ready for queue in self._queues.values())
+        return bool(self._ready)
 
     def pause(self, job_id: int, paused: bool) -> None:
         """Let a job's lanes sit out, or ride again."""
@@ -258,70 +319,106 @@ class Scheduler:
 
     def plan(self, now_s: float) -> Batch | None:
         """The next batch, or None if no lane may ride. The lanes in it ride until `complete`."""
-        queue = min((q for q in self._queues.values() if q.ready), key=lambda q: q.served, default=None)
-        if queue is None:
+        if not self._ready:
             return None
-        self._level = max(self._level, queue.served)
-        # More callers than rows cannot ride; those who wait longest are among the least served.
-        callers = heapq.nsmallest(self._max_rows, queue.ready.values(), key=lambda caller: caller.served)
-        queue.level = max(queue.level, callers[0].served)
+        lead = self._weigh()
+        self._level_s = max(self._level_s, lead.led_s)
         segments: list[Segment] = []
-        left = self._max_rows
-        # The second round gives away what nobody's lanes fitted exactly.
-        for rows in (self._shares(callers), None):
-            for index, caller in enumerate(callers):
-                if not left:
-                    break
-                riders = self._board(caller, left if rows is None else rows[index])
-                taken = sum(segment.rows for segment in riders)
-                caller.served += taken
-                left -= taken
-                segments += riders
+        flows = [flow for flow in lead.queue.flows.values() if flow.ready]
+        if len(flows) == 1:
+            self._fill(lead, self._max_rows, segments)
+        else:
+            self._share_out(lead.queue, flows, segments)
         for segment in segments:
             segment.entry.riding += segment.count
             if segment.cohort.position == 0:
                 segment.cohort.cost.queue_s = now_s - segment.entry.admitted_s
-        return Batch(segments[0].entry.key, segments)
+        return Batch(lead.queue.key, segments, lead, lead.weight)
 
-    def _shares(self, callers: list[_Caller]) -> list[int]:
-        """Rows for each caller, least served first: one lane's worth each, then equal shares of the rest."""
+    def _weigh(self) -> Flow:
+        """Weigh the flows that are ready, and find the one that leads."""
+        if len(self._ready) > 1:
+            graphs = Counter(flow.priority for flow in self._ready)
+            for flow in self._ready:
+                flow.weight = flow.priority.weight / graphs[flow.priority]
+            return min(self._ready, key=lambda flow: (flow.led_s, -flow.priority))
+        (flow,) = self._ready
+        flow.weight = flow.priority.weight
+        return flow
+
+    # The three below seat lanes in up to `rows` rows and add them to `segments`. They return the rows that were taken
+    # and those of them that were paid for. A lane of two rows may not fit into a share of one. Then what is left goes
+    # to those behind it for nothing: so its own share grows until it fits, and it is not passed over for ever.
+
+    def _share_out(self, queue: _Queue, flows: list[Flow], segments: list[Segment]) -> None:
+        """Seat the flows of a graph, each in its share of a batch."""
         left = self._max_rows
-        if len(callers) == 1:
-            return [left]
-        shares = []
-        for caller in callers:
-            first = next(entry for entry in caller.entries.values() if entry.ready)
-            shares.append(first.rows_per_lane if first.rows_per_lane <= left else 0)
-            left -= shares[-1]
-        wanted = [
-            caller.wanted(self._max_rows) - share if share else 0 for caller, share in zip(callers, shares, strict=True)
-        ]
-        order = sorted((index for index in range(len(callers)) if wanted[index]), key=wanted.__getitem__)
-        for done, index in enumerate(order):
-            extra = min(wanted[index], left // (len(order) - done))
-            shares[index] += extra
-            left -= extra
-        return shares
+        wanted = [flow.wanted(left + 1) for flow in flows]
+        claims = [shares.Claim(flow.served, flow.weight, most) for flow, most in zip(flows, wanted, strict=True)]
+        paid = [0] * len(flows)
+        for given in (shares.divide(left, claims), None):
+            for index, flow in enumerate(flows):
+                if rows := left if given is None else given[index]:
+                    taken, charge = self._fill(flow, rows, segments)
+                    paid[index] += charge
+                    left -= taken
+        if sum(wanted) > self._max_rows:
+            queue.level = shares.settle(flows, wanted, paid, queue.level)
 
-    def _board(self, caller: _Caller, rows: int) -> list[Segment]:
-        """Seat a caller's lanes in up to `rows` rows: its oldest jobs first, skipping lanes that do not fit."""
-        segments: list[Segment] = []
+    def _fill(self, flow: Flow, rows: int, segments: list[Segment]) -> tuple[int, int]:
+        """Seat a flow's callers, each in its share."""
+        if not flow.ready:
+            return 0, 0
+        if len(flow.ready) == 1:
+            return self._board(next(iter(flow.ready.values())), rows, segments)
+        # More callers than rows cannot ride; whose clock is behind goes first.
+        callers = heapq.nsmallest(rows + 1, flow.ready.values(), key=lambda caller: caller.served)
+        wanted = [caller.wanted(rows + 1) for caller in callers]
+        if sum(wanted) <= rows:
+            taken = sum(self._board(caller, rows, segments)[0] for caller in callers)
+            return taken, taken
+        claims = [shares.Claim(caller.served, caller.weight, most) for caller, most in zip(callers, wanted, strict=True)]
+        paid = [0] * len(callers)
+        left = rows
+        for index, share in enumerate(shares.divide(rows, claims)):
+            if share:
+                taken, paid[index] = self._board(callers[index], share, segments, strictly=True)
+                left -= taken
+        first_round = rows - left
+        for index, caller in enumerate(callers):
+            if left and caller.ready:
+                taken, charge = self._board(caller, left, segments)
+                paid[index] += charge
+                left -= taken
+        flow.level = shares.settle(callers, wanted, paid, flow.level)
+        return rows - left, first_round
+
+    def _board(
+        self, caller: _Caller, rows: int, segments: list[Segment], *, strictly: bool = False
+    ) -> tuple[int, int]:
+        """Seat a caller's lanes, oldest jobs first; where a lane does not fit, end (`strictly`) or pass over it."""
+        left = rows
+        paid: int | None = None
         for entry in caller.entries.values():
-            if not rows:
+            if not left:
                 break
             per_lane = entry.rows_per_lane
-            while entry.ready and rows >= per_lane:
+            while entry.ready and left >= per_lane:
                 cohort = entry.cohorts[0]
-                count = min(cohort.count, rows // per_lane)
+                count = min(cohort.count, left // per_lane)
                 riders = entry.cohorts.pop(0) if count == cohort.count else cohort.split(count)
                 self._refresh(entry)
                 segments.append(Segment(entry, riders, count, count * per_lane))
-                rows -= count * per_lane
-        return segments
+                left -= count * per_lane
+            if left and entry.ready:
+                if strictly:
+                    break
+                paid = rows - left if paid is None else paid
+        return rows - left, rows - left if paid is None else paid
 
     def complete(self, batch: Batch, seconds: float) -> list[Arrival]:
         """Move the riders on by one evaluation, `seconds` after they set off; one arrival a segment, in order."""
-        self._queues[batch.key].served += seconds
+        batch.lead.led_s += seconds / batch.weight
         live_rows = batch.rows
         arrivals: list[Arrival] = []
         for segment in batch.segments:

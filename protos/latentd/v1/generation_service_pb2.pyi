@@ -46,6 +46,36 @@ OUTPUT_MODE_DRAW: OutputMode.ValueType  # 2
 """A draw."""
 Global___OutputMode: typing_extensions.TypeAlias = OutputMode
 
+class _Priority:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PriorityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """NORMAL, or what the stream's own metadata say."""
+    PRIORITY_LOW: _Priority.ValueType  # 1
+    """Work that can wait."""
+    PRIORITY_NORMAL: _Priority.ValueType  # 2
+    """What does not say otherwise."""
+    PRIORITY_HIGH: _Priority.ValueType  # 3
+    """Somebody waits for it."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Classes that share a contended device by weight, 16 to 4 to 1: a higher one is served sooner, and
+    none waits for ever. Calls name theirs in the metadata `x-latentd-priority`: high, normal or low.
+    """
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""NORMAL, or what the stream's own metadata say."""
+PRIORITY_LOW: Priority.ValueType  # 1
+"""Work that can wait."""
+PRIORITY_NORMAL: Priority.ValueType  # 2
+"""What does not say otherwise."""
+PRIORITY_HIGH: Priority.ValueType  # 3
+"""Somebody waits for it."""
+Global___Priority: typing_extensions.TypeAlias = Priority
+
 @typing.final
 class SampleRequest(google.protobuf.message.Message):
     """Request for Sample."""
@@ -71,7 +101,7 @@ class SampleRequest(google.protobuf.message.Message):
     """
     temperature: builtins.float
     """Scale of the prior: latents are drawn from N(0, temperature^2 I). If unset, 1.
-    Not for diffusion models.
+    Not for diffusion models; 1 where the prior is uniform.
     """
     output_data_type: latentd.v1.tensor_pb2.DataType.ValueType
     """Element type of samples and previews. Unspecified means the model's own.
@@ -877,6 +907,7 @@ class StreamRequest(google.protobuf.message.Message):
 
     ID_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     SAMPLE_FIELD_NUMBER: builtins.int
     ENCODE_FIELD_NUMBER: builtins.int
     DECODE_FIELD_NUMBER: builtins.int
@@ -885,9 +916,14 @@ class StreamRequest(google.protobuf.message.Message):
     OPEN_DENOISE_FIELD_NUMBER: builtins.int
     TAKE_STEP_FIELD_NUMBER: builtins.int
     CANCEL_FIELD_NUMBER: builtins.int
+    BATCH_FIELD_NUMBER: builtins.int
     id: builtins.int
     """Chosen by the client, unique among its unfinished requests on this stream, except
     for `take_step` and `cancel`, which name an open one.
+    """
+    priority: Global___Priority.ValueType
+    """How this request shares the device with others. Unspecified means the stream's own. Steps of a
+    loop have the priority that it was opened with.
     """
     @property
     def timeout(self) -> google.protobuf.duration_pb2.Duration:
@@ -925,11 +961,16 @@ class StreamRequest(google.protobuf.message.Message):
     def cancel(self) -> Global___Cancel:
         """Gives up on `id`."""
 
+    @property
+    def batch(self) -> Global___StreamRequestBatch:
+        """Several requests in one message. `id` and `timeout` of this message itself mean nothing."""
+
     def __init__(
         self,
         *,
         id: builtins.int = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        priority: Global___Priority.ValueType = ...,
         sample: Global___SampleRequest | None = ...,
         encode: Global___EncodeRequest | None = ...,
         decode: Global___DecodeRequest | None = ...,
@@ -938,12 +979,36 @@ class StreamRequest(google.protobuf.message.Message):
         open_denoise: Global___SampleRequest | None = ...,
         take_step: Global___TakeStep | None = ...,
         cancel: Global___Cancel | None = ...,
+        batch: Global___StreamRequestBatch | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "decode", b"decode", "denoise_step", b"denoise_step", "encode", b"encode", "open_denoise", b"open_denoise", "request", b"request", "sample", b"sample", "score", b"score", "take_step", b"take_step", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "decode", b"decode", "denoise_step", b"denoise_step", "encode", b"encode", "id", b"id", "open_denoise", b"open_denoise", "request", b"request", "sample", b"sample", "score", b"score", "take_step", b"take_step", "timeout", b"timeout"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["request", b"request"]) -> typing.Literal["sample", "encode", "decode", "denoise_step", "score", "open_denoise", "take_step", "cancel"] | None: ...
+    def HasField(self, field_name: typing.Literal["batch", b"batch", "cancel", b"cancel", "decode", b"decode", "denoise_step", b"denoise_step", "encode", b"encode", "open_denoise", b"open_denoise", "request", b"request", "sample", b"sample", "score", b"score", "take_step", b"take_step", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["batch", b"batch", "cancel", b"cancel", "decode", b"decode", "denoise_step", b"denoise_step", "encode", b"encode", "id", b"id", "open_denoise", b"open_denoise", "priority", b"priority", "request", b"request", "sample", b"sample", "score", b"score", "take_step", b"take_step", "timeout", b"timeout"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["request", b"request"]) -> typing.Literal["sample", "encode", "decode", "denoise_step", "score", "open_denoise", "take_step", "cancel", "batch"] | None: ...
 
 Global___StreamRequest: typing_extensions.TypeAlias = StreamRequest
+
+@typing.final
+class StreamRequestBatch(google.protobuf.message.Message):
+    """Requests that are taken up in order, as if each had come alone: a message costs more than a
+    small request in it. A client that has sent a batch, were it empty, says that it reads
+    `StreamResponse.batch`.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: builtins.int
+    @property
+    def requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StreamRequest]:
+        """None of them may be a batch."""
+
+    def __init__(
+        self,
+        *,
+        requests: collections.abc.Iterable[Global___StreamRequest] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["requests", b"requests"]) -> None: ...
+
+Global___StreamRequestBatch: typing_extensions.TypeAlias = StreamRequestBatch
 
 @typing.final
 class TakeStep(google.protobuf.message.Message):
@@ -1002,6 +1067,7 @@ class StreamResponse(google.protobuf.message.Message):
     SCORE_FIELD_NUMBER: builtins.int
     LOOP_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    BATCH_FIELD_NUMBER: builtins.int
     id: builtins.int
     """The request this answers."""
     final: builtins.bool
@@ -1034,6 +1100,12 @@ class StreamResponse(google.protobuf.message.Message):
     def error(self) -> Global___StreamError:
         """Why there is no answer."""
 
+    @property
+    def batch(self) -> Global___StreamResponseBatch:
+        """Several answers in one message; sent only to clients that have sent a batch. `id` and
+        `final` of this message itself mean nothing.
+        """
+
     def __init__(
         self,
         *,
@@ -1046,12 +1118,33 @@ class StreamResponse(google.protobuf.message.Message):
         score: Global___ScoreResponse | None = ...,
         loop: Global___LoopState | None = ...,
         error: Global___StreamError | None = ...,
+        batch: Global___StreamResponseBatch | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["decode", b"decode", "denoise_step", b"denoise_step", "encode", b"encode", "error", b"error", "loop", b"loop", "response", b"response", "sample", b"sample", "score", b"score"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["decode", b"decode", "denoise_step", b"denoise_step", "encode", b"encode", "error", b"error", "final", b"final", "id", b"id", "loop", b"loop", "response", b"response", "sample", b"sample", "score", b"score"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["response", b"response"]) -> typing.Literal["sample", "encode", "decode", "denoise_step", "score", "loop", "error"] | None: ...
+    def HasField(self, field_name: typing.Literal["batch", b"batch", "decode", b"decode", "denoise_step", b"denoise_step", "encode", b"encode", "error", b"error", "loop", b"loop", "response", b"response", "sample", b"sample", "score", b"score"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["batch", b"batch", "decode", b"decode", "denoise_step", b"denoise_step", "encode", b"encode", "error", b"error", "final", b"final", "id", b"id", "loop", b"loop", "response", b"response", "sample", b"sample", "score", b"score"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["response", b"response"]) -> typing.Literal["sample", "encode", "decode", "denoise_step", "score", "loop", "error", "batch"] | None: ...
 
 Global___StreamResponse: typing_extensions.TypeAlias = StreamResponse
+
+@typing.final
+class StreamResponseBatch(google.protobuf.message.Message):
+    """Answers, in order, as if each had come alone."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RESPONSES_FIELD_NUMBER: builtins.int
+    @property
+    def responses(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StreamResponse]:
+        """None of them is a batch."""
+
+    def __init__(
+        self,
+        *,
+        responses: collections.abc.Iterable[Global___StreamResponse] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["responses", b"responses"]) -> None: ...
+
+Global___StreamResponseBatch: typing_extensions.TypeAlias = StreamResponseBatch
 
 @typing.final
 class LoopState(google.protobuf.message.Message):

@@ -1,0 +1,71 @@
+"""Sharing rows out by weight. Pure.
+
+Every claimant has a clock, `served`: the rows it was given while it had to share, divided by its weight. Sharing by
+weight is keeping the clocks together (start-time fair queueing: Goyal, Vin and Cheng 1996). Rows are poured as water
+is into vessels as wide as the weights: to those whose clock is behind first, and to nobody more than it wants.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class Clock(Protocol):
+    """Something rows are shared out to."""
+
+    served: float  # rows by weight
+    weight: float
+
+
+class Claim(NamedTuple):
+    """How far somebody's clock stands, how slow it runs, and how many rows it could use now."""
+
+    served: float
+    weight: float
+    wanted: int
+
+
+def divide(rows: int, claims: Sequence[Claim]) -> list[int]:
+    """Whole rows for each claim: `rows` of them together, or as many as are wanted if that is less.
+
+    Clocks of those who want more end together, up to one row; of what does not divide, who is behind gets the first.
+    """
+    level = _level(rows, claims)
+    given = [min(c.wanted, max(0, int((level - c.served) * c.weight + 1e-9))) for c in claims]
+    left = rows - sum(given)
+    if left > 0:
+        hungry = [i for i, claim in enumerate(claims) if given[i] < claim.wanted]
+        hungry.sort(key=lambda i: claims[i].served + given[i] / claims[i].weight)
+        for i in hungry[:left]:
+            given[i] += 1
+    return given
+
+
+def _level(rows: int, claims: Sequence[Claim]) -> float:
+    """The clock that everybody reaches who wants more, were rows divisible."""
+    edges = [(claim.served, claim.weight) for claim in claims]
+    edges += [(claim.served + claim.wanted / claim.weight, -claim.weight) for claim in claims]
+    edges.sort()
+    level, width, left = edges[0][0], 0.0, float(rows)
+    for point, change in edges:
+        poured = width * (point - level)
+        if poured >= left:
+            return level + left / width if width > 0 else level
+        left -= poured
+        level = point
+        width += change
+    return level
+
+
+def settle(clocks: Sequence[Clock], wanted: Sequence[int], taken: Sequence[int], level: float) -> float:
+    """Move the clocks on after rows were taken; returns where newcomers start, which was `level` before.
+
+    Who got all that it wanted keeps no claim to the rest of its share: its clock is put where the hungry stand.
+    """
+    for clock, rows in zip(clocks, taken, strict=True):
+        clock.served += rows / clock.weight
+    hungry = [clock.served for clock, most, rows in zip(clocks, wanted, taken, strict=True) if rows < most]
+    if hungry:
+        level = max(level, min(hungry))
+        for clock in clocks:
+            clock.served = max(clock.served, level)
+    return level
