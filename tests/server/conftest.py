@@ -1,12 +1,19 @@
-"""Makes what the tests of this folder share importable beside them, and the tiny bundles a fixture."""
+"""Makes what the tests of this folder share importable, the tiny bundles a fixture, and watches the books."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+import books
+import doors
+from latentd_server import app
+from latentd_server.metrics import Metrics
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +30,32 @@ def held(models_root: Path) -> dict[str, Any]:
     from doors import servables
 
     return servables(models_root)
+
+
+class _Kept(Metrics):
+    """Remembered while the test runs that its server was started in, and for as long as that server lives."""
+
+    fresh: ClassVar[list[Metrics]] = []
+    alive: ClassVar[WeakSet[Metrics]] = WeakSet()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fresh.append(self)
+        self.alive.add(self)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kept() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (app, doors):
+            patch.setattr(module, "Metrics", _Kept)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _every_server_comes_to_rest(_kept: None) -> Iterator[None]:
+    """After every test, on every server of this process: each request ended in one counter, and all gauges are zero."""
+    yield
+    for metrics in list(_Kept.alive):
+        books.must_rest(lambda metrics=metrics: metrics.exposition().decode())
+    _Kept.fresh.clear()

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import books
+
 
 @dataclass
 class Running:
@@ -17,7 +19,8 @@ class Running:
     log: Path
 
     def stop(self) -> int:
-        """SIGTERM, and the exit status."""
+        """SIGTERM once everything is at rest, and the exit status."""
+        books.must_rest(lambda: books.scrape(self.http))
         self.process.terminate()
         return self.process.wait(timeout=60)
 
