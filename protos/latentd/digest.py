@@ -16,7 +16,7 @@ def bundle_digest(bundle: bundle_pb2.Bundle) -> str:
     """
     identity = bundle_pb2.Bundle()
     identity.CopyFrom(bundle)
-    for field in ("digest", "state", "failure_reason", "card"):
+    for field in ("digest", "state", "failure_reason", "determinism", "card"):
         identity.model.ClearField(field)
     text = json.dumps(MessageToDict(identity), sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

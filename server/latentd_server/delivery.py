@@ -31,6 +31,10 @@ class Timer(Protocol):
 CallLater = Callable[[float, Callable[[], None]], Timer]
 """As the event loop's `call_later`."""
 
+_PACK_BYTES = 2**20
+_PACK_MESSAGES = 256
+"""How much is packed into one message, about: enough to share its cost, and little to wait for."""
+
 
 class Outbox:
     """One reader's messages. Belongs to the event loop; one task reads it."""
@@ -64,6 +68,8 @@ class Outbox:
         self._delivery: asyncio.Timeout | None = None
         self._timer: Timer | None = None
         self.full = False
+        self.pack: Callable[[list[Any]], Any] | None = None
+        """Makes one message of several that wait; None for a reader that takes them one by one."""
 
     def put(self, message: Message, size: int = 0) -> None:
         """Add a message of about `size` bytes."""
@@ -131,9 +137,24 @@ class Outbox:
             if not isinstance(message, Message):
                 self._waiting.extendleft((made, 0) for made in reversed(message()))
                 continue
+            if self.pack is not None and self._waiting:
+                message, size = self._packed(message, size)
             self._writing = size
             self._measure()
             return message
+
+    def _packed(self, first: Message, size: int) -> tuple[Any, int]:
+        """One message of the first and those that wait behind it, as far as they are made already."""
+        messages = [first]
+        while self._waiting and len(messages) < _PACK_MESSAGES:
+            message, its_size = self._waiting[0]
+            if not isinstance(message, Message) or size + its_size > _PACK_BYTES:
+                break
+            self._waiting.popleft()
+            messages.append(message)
+            size += its_size
+        assert self.pack is not None
+        return (self.pack(messages) if len(messages) > 1 else first), size
 
     def _wake(self) -> None:
         if self._arrival is not None and not self._arrival.done():

@@ -6,7 +6,9 @@ exactly one `final` message. The rules:
 * an error ends its own id only; a message that names an id wrongly (one in use, an open loop where there is none)
   is refused with an error that leaves the id's own request alone, and is not `final` while that goes on;
 * when the client half-closes, what was accepted is finished; loops left open are then given up, and told so;
-* nothing more is read while much waits to be written; a client that reads nothing meanwhile is given up.
+* nothing more is read while much waits to be written; a client that reads nothing meanwhile is given up;
+* a message costs more than a small request in it, so both sides may send several in one. Nobody waits for that: what
+  has gathered while the message before was written goes out together.
 """
 
 from __future__ import annotations
@@ -34,6 +36,10 @@ from latentd_server.handling import Junk
 
 OUTBOX_BYTES = 8 * 2**20
 """What may wait for a reader before the jobs it waits for sit out."""
+
+
+_TURN_REQUESTS = 64
+"""Requests of a batch that are taken up before others have their turn on the event loop."""
 
 
 class Session:
@@ -98,18 +104,28 @@ class Session:
             async for request in requests:
                 if isinstance(request, Junk):  # whose id nobody knows
                     raise request.error
-                self._take_up(request)
+                if request.WhichOneof("request") == "batch":
+                    await self._take_up_batch(request.batch)
+                else:
+                    self._take_up(request)
                 await self._outbox.room()
             self._half_closed = True
             self.close_if_done()
         except Exception as error:
             self._outbox.close(error)
 
+    async def _take_up_batch(self, batch: pb.StreamRequestBatch) -> None:
+        self._outbox.pack = _packed
+        for number, request in enumerate(batch.requests, 1):
+            self._take_up(request)
+            if number % _TURN_REQUESTS == 0:
+                await asyncio.sleep(0)
+
     def _take_up(self, request: pb.StreamRequest) -> None:
         """Begin what a message asks for. Whatever is wrong with it is answered, never raised."""
         kind = request.WhichOneof("request")
-        if kind is None:
-            self._refuse(request.id, "request", "must hold one of the requests this API version knows")
+        if kind is None or kind == "batch":
+            self._refuse(request.id, "request", "must hold one of the requests this API version knows, and no batch")
         elif kind == "cancel":
             if request.id in self._open:  # an unknown id has just been answered
                 self._open[request.id].reply.fail(CancelledError())
@@ -214,6 +230,10 @@ class IdReply:
 
     def _wrapped(self, response: Any, final: bool) -> pb.StreamResponse:
         return pb.StreamResponse(id=self._id, final=final, **{self._field: response})
+
+
+def _packed(responses: list[pb.StreamResponse]) -> pb.StreamResponse:
+    return pb.StreamResponse(batch=pb.StreamResponseBatch(responses=responses))
 
 
 _KINDS: dict[str, tuple[Callable[..., Any], str, str]] = {

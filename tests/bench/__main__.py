@@ -23,21 +23,24 @@ import onnxruntime
 from latentd.v1 import bundle_pb2
 
 from tests.bench import bare
-from tests.bench.load import DIFFUSION, STEPS, VAE
+from tests.bench import bundles
+from tests.bench.load import STEPS
 
-CELLS = (  # load, concurrency
-    ("unary-decode", 1),
-    ("unary-decode", 8),
-    ("unary-decode", 32),
-    ("stream-decode", 1),
-    ("stream-decode", 8),
-    ("stream-decode", 32),
-    ("unary-decode-16", 32),
-    ("sample-256", 4),
-    ("stream-sample", 1),
-    ("stream-sample", 8),
-    ("stream-sample", 32),
-    ("sample", 32),
+VAE, DIFFUSION = "digits-vae", "digits-diffusion"
+CELLS = (  # load, model, requests in flight
+    ("decode", bundles.TINY_VAE, 32),
+    ("stream-decode", bundles.TINY_VAE, 1),
+    ("stream-decode", bundles.TINY_VAE, 32),
+    ("sample-256", bundles.TINY_VAE, 1),
+    ("decode-16", bundles.GENERATOR, 32),
+    ("stream-decode-16", bundles.GENERATOR, 32),
+    ("decode", VAE, 32),
+    ("stream-decode", VAE, 32),
+    ("sample-256", VAE, 1),
+    ("stream-sample", DIFFUSION, 1),
+    ("stream-sample", DIFFUSION, 8),
+    ("stream-sample", DIFFUSION, 32),
+    ("sample", DIFFUSION, 32),
 )
 
 
@@ -81,9 +84,9 @@ def _wait_until_serving(channel: grpc.Channel) -> None:
     raise TimeoutError("the server did not come up within a minute")
 
 
-def drive(address: str, pid: int, kind: str, concurrency: int, seconds: float) -> dict[str, Any]:
+def drive(address: str, pid: int, kind: str, model: str, concurrency: int, seconds: float) -> dict[str, Any]:
     """One cell: load from a process of its own, and what the server spent on it."""
-    command = [sys.executable, "-m", "tests.bench.load", address, kind, str(concurrency), str(seconds)]
+    command = [sys.executable, "-m", "tests.bench.load", address, kind, model, str(concurrency), str(seconds)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout is not None
         if client.stdout.readline() != "ready\n":

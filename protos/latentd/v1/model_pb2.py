@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from latentd.v1 import tensor_pb2 as latentd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16latentd/v1/model.proto\x12\nlatentd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17latentd/v1/tensor.proto\"\x98\x07\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12(\n\x06\x66\x61mily\x18\x03 \x01(\x0e\x32\x18.latentd.v1.Model.Family\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.latentd.v1.Model.State\x12\x16\n\x0e\x66\x61ilure_reason\x18\x05 \x01(\t\x12)\n\x07methods\x18\x06 \x03(\x0e\x32\x18.latentd.v1.Model.Method\x12+\n\x0bsample_spec\x18\x07 \x01(\x0b\x32\x16.latentd.v1.TensorSpec\x12+\n\x0blatent_spec\x18\x08 \x01(\x0b\x32\x16.latentd.v1.TensorSpec\x12\x13\n\x0b\x63lass_names\x18\t \x03(\t\x12,\n\tdiffusion\x18\n \x01(\x0b\x32\x19.latentd.v1.DiffusionSpec\x12#\n\x04\x63\x61rd\x18\x0b \x01(\x0b\x32\x15.latentd.v1.ModelCard\x12\x1b\n\x13\x63lass_probabilities\x18\x0c \x03(\x01\"\xfc\x01\n\x06\x46\x61mily\x12\x16\n\x12\x46\x41MILY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46\x41MILY_NAIVE_BAYES\x10\x01\x12\x1d\n\x19\x46\x41MILY_SIGMOID_BELIEF_NET\x10\x02\x12\x1c\n\x18\x46\x41MILY_HELMHOLTZ_MACHINE\x10\x03\x12&\n\"FAMILY_PREDICTABILITY_MINIMIZATION\x10\x04\x12\x0e\n\nFAMILY_VAE\x10\x05\x12\x0e\n\nFAMILY_GAN\x10\x06\x12\x13\n\x0f\x46\x41MILY_INFO_GAN\x10\x07\x12\x12\n\x0e\x46\x41MILY_VAE_GAN\x10\x08\x12\x14\n\x10\x46\x41MILY_DIFFUSION\x10\t\"}\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_UNLOADED\x10\x01\x12\x11\n\rSTATE_LOADING\x10\x02\x12\x10\n\x0cSTATE_ACTIVE\x10\x03\x12\x12\n\x0eSTATE_DRAINING\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\"\x7f\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x11\n\rMETHOD_SAMPLE\x10\x01\x12\x11\n\rMETHOD_ENCODE\x10\x02\x12\x11\n\rMETHOD_DECODE\x10\x03\x12\x12\n\x0eMETHOD_DENOISE\x10\x04\x12\x10\n\x0cMETHOD_SCORE\x10\x05\"j\n\nTensorSpec\x12\'\n\tdata_type\x18\x01 \x01(\x0e\x32\x14.latentd.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x11\n\tmin_value\x18\x03 \x01(\x01\x12\x11\n\tmax_value\x18\x04 \x01(\x01\"\xb5\x02\n\rDiffusionSpec\x12\x0e\n\x06\x61lphas\x18\x01 \x03(\x01\x12\x0e\n\x06sigmas\x18\x02 \x03(\x01\x12\x10\n\x08samplers\x18\x03 \x03(\t\x12\x38\n\nprediction\x18\x06 \x01(\x0e\x32$.latentd.v1.DiffusionSpec.Prediction\x12\x15\n\rclip_denoised\x18\x07 \x01(\x08\x12\x1a\n\x12\x64\x65\x66\x61ult_step_count\x18\x04 \x01(\x05\x12\x1a\n\x12guidance_supported\x18\x05 \x01(\x08\"i\n\nPrediction\x12\x1a\n\x16PREDICTION_UNSPECIFIED\x10\x00\x12\x16\n\x12PREDICTION_EPSILON\x10\x01\x12\x10\n\x0cPREDICTION_V\x10\x02\x12\x15\n\x11PREDICTION_SAMPLE\x10\x03\"\xee\x01\n\tModelCard\x12\x13\n\x0b\x64\x65scription\x18\x01 \x01(\t\x12\x0f\n\x07license\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12.\n\ntrain_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x07metrics\x18\x05 \x03(\x0b\x32\".latentd.v1.ModelCard.MetricsEntry\x12\x15\n\rreference_uri\x18\x06 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16latentd/v1/model.proto\x12\nlatentd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17latentd/v1/tensor.proto\"\xcb\x07\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12(\n\x06\x66\x61mily\x18\x03 \x01(\x0e\x32\x18.latentd.v1.Model.Family\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.latentd.v1.Model.State\x12\x16\n\x0e\x66\x61ilure_reason\x18\x05 \x01(\t\x12)\n\x07methods\x18\x06 \x03(\x0e\x32\x18.latentd.v1.Model.Method\x12+\n\x0bsample_spec\x18\x07 \x01(\x0b\x32\x16.latentd.v1.TensorSpec\x12+\n\x0blatent_spec\x18\x08 \x01(\x0b\x32\x16.latentd.v1.TensorSpec\x12\x13\n\x0b\x63lass_names\x18\t \x03(\t\x12,\n\tdiffusion\x18\n \x01(\x0b\x32\x19.latentd.v1.DiffusionSpec\x12#\n\x04\x63\x61rd\x18\x0b \x01(\x0b\x32\x15.latentd.v1.ModelCard\x12\x1b\n\x13\x63lass_probabilities\x18\x0c \x03(\x01\x12\x31\n\x0b\x64\x65terminism\x18\r \x01(\x0b\x32\x1c.latentd.v1.ModelDeterminism\"\xfc\x01\n\x06\x46\x61mily\x12\x16\n\x12\x46\x41MILY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46\x41MILY_NAIVE_BAYES\x10\x01\x12\x1d\n\x19\x46\x41MILY_SIGMOID_BELIEF_NET\x10\x02\x12\x1c\n\x18\x46\x41MILY_HELMHOLTZ_MACHINE\x10\x03\x12&\n\"FAMILY_PREDICTABILITY_MINIMIZATION\x10\x04\x12\x0e\n\nFAMILY_VAE\x10\x05\x12\x0e\n\nFAMILY_GAN\x10\x06\x12\x13\n\x0f\x46\x41MILY_INFO_GAN\x10\x07\x12\x12\n\x0e\x46\x41MILY_VAE_GAN\x10\x08\x12\x14\n\x10\x46\x41MILY_DIFFUSION\x10\t\"}\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_UNLOADED\x10\x01\x12\x11\n\rSTATE_LOADING\x10\x02\x12\x10\n\x0cSTATE_ACTIVE\x10\x03\x12\x12\n\x0eSTATE_DRAINING\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\"\x7f\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x11\n\rMETHOD_SAMPLE\x10\x01\x12\x11\n\rMETHOD_ENCODE\x10\x02\x12\x11\n\rMETHOD_DECODE\x10\x03\x12\x12\n\x0eMETHOD_DENOISE\x10\x04\x12\x10\n\x0cMETHOD_SCORE\x10\x05\"\xba\x02\n\x10ModelDeterminism\x12\x19\n\x11\x64\x65terminism_class\x18\x01 \x01(\t\x12\x32\n\x06graphs\x18\x02 \x03(\x0b\x32\".latentd.v1.ModelDeterminism.Graph\x12\x13\n\x0b\x65xplanation\x18\x03 \x01(\t\x1a\x61\n\x05Graph\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x35\n\x07promise\x18\x02 \x01(\x0e\x32$.latentd.v1.ModelDeterminism.Promise\x12\x13\n\x0b\x62\x61tch_sizes\x18\x03 \x03(\x05\"_\n\x07Promise\x12\x17\n\x13PROMISE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPROMISE_BATCHED\x10\x01\x12\x11\n\rPROMISE_ALONE\x10\x02\x12\x13\n\x0fPROMISE_NOTHING\x10\x03\"j\n\nTensorSpec\x12\'\n\tdata_type\x18\x01 \x01(\x0e\x32\x14.latentd.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x11\n\tmin_value\x18\x03 \x01(\x01\x12\x11\n\tmax_value\x18\x04 \x01(\x01\"\xb5\x02\n\rDiffusionSpec\x12\x0e\n\x06\x61lphas\x18\x01 \x03(\x01\x12\x0e\n\x06sigmas\x18\x02 \x03(\x01\x12\x10\n\x08samplers\x18\x03 \x03(\t\x12\x38\n\nprediction\x18\x06 \x01(\x0e\x32$.latentd.v1.DiffusionSpec.Prediction\x12\x15\n\rclip_denoised\x18\x07 \x01(\x08\x12\x1a\n\x12\x64\x65\x66\x61ult_step_count\x18\x04 \x01(\x05\x12\x1a\n\x12guidance_supported\x18\x05 \x01(\x08\"i\n\nPrediction\x12\x1a\n\x16PREDICTION_UNSPECIFIED\x10\x00\x12\x16\n\x12PREDICTION_EPSILON\x10\x01\x12\x10\n\x0cPREDICTION_V\x10\x02\x12\x15\n\x11PREDICTION_SAMPLE\x10\x03\"\xee\x01\n\tModelCard\x12\x13\n\x0b\x64\x65scription\x18\x01 \x01(\t\x12\x0f\n\x07license\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12.\n\ntrain_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x07metrics\x18\x05 \x03(\x0b\x32\".latentd.v1.ModelCard.MetricsEntry\x12\x15\n\rreference_uri\x18\x06 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,21 +36,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELCARD_METRICSENTRY']._loaded_options = None
   _globals['_MODELCARD_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_MODEL']._serialized_start=97
-  _globals['_MODEL']._serialized_end=1017
-  _globals['_MODEL_FAMILY']._serialized_start=509
-  _globals['_MODEL_FAMILY']._serialized_end=761
-  _globals['_MODEL_STATE']._serialized_start=763
-  _globals['_MODEL_STATE']._serialized_end=888
-  _globals['_MODEL_METHOD']._serialized_start=890
-  _globals['_MODEL_METHOD']._serialized_end=1017
-  _globals['_TENSORSPEC']._serialized_start=1019
-  _globals['_TENSORSPEC']._serialized_end=1125
-  _globals['_DIFFUSIONSPEC']._serialized_start=1128
-  _globals['_DIFFUSIONSPEC']._serialized_end=1437
-  _globals['_DIFFUSIONSPEC_PREDICTION']._serialized_start=1332
-  _globals['_DIFFUSIONSPEC_PREDICTION']._serialized_end=1437
-  _globals['_MODELCARD']._serialized_start=1440
-  _globals['_MODELCARD']._serialized_end=1678
-  _globals['_MODELCARD_METRICSENTRY']._serialized_start=1632
-  _globals['_MODELCARD_METRICSENTRY']._serialized_end=1678
+  _globals['_MODEL']._serialized_end=1068
+  _globals['_MODEL_FAMILY']._serialized_start=560
+  _globals['_MODEL_FAMILY']._serialized_end=812
+  _globals['_MODEL_STATE']._serialized_start=814
+  _globals['_MODEL_STATE']._serialized_end=939
+  _globals['_MODEL_METHOD']._serialized_start=941
+  _globals['_MODEL_METHOD']._serialized_end=1068
+  _globals['_MODELDETERMINISM']._serialized_start=1071
+  _globals['_MODELDETERMINISM']._serialized_end=1385
+  _globals['_MODELDETERMINISM_GRAPH']._serialized_start=1191
+  _globals['_MODELDETERMINISM_GRAPH']._serialized_end=1288
+  _globals['_MODELDETERMINISM_PROMISE']._serialized_start=1290
+  _globals['_MODELDETERMINISM_PROMISE']._serialized_end=1385
+  _globals['_TENSORSPEC']._serialized_start=1387
+  _globals['_TENSORSPEC']._serialized_end=1493
+  _globals['_DIFFUSIONSPEC']._serialized_start=1496
+  _globals['_DIFFUSIONSPEC']._serialized_end=1805
+  _globals['_DIFFUSIONSPEC_PREDICTION']._serialized_start=1700
+  _globals['_DIFFUSIONSPEC_PREDICTION']._serialized_end=1805
+  _globals['_MODELCARD']._serialized_start=1808
+  _globals['_MODELCARD']._serialized_end=2046
+  _globals['_MODELCARD_METRICSENTRY']._serialized_start=2000
+  _globals['_MODELCARD_METRICSENTRY']._serialized_end=2046
 # @@protoc_insertion_point(module_scope)

@@ -162,6 +162,7 @@ class Model(google.protobuf.message.Message):
     DIFFUSION_FIELD_NUMBER: builtins.int
     CARD_FIELD_NUMBER: builtins.int
     CLASS_PROBABILITIES_FIELD_NUMBER: builtins.int
+    DETERMINISM_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Canonical reference, `NAME@VERSION`, e.g. `mnist-ddpm@3`.
     NAME matches [a-z]([a-z0-9-]{0,61}[a-z0-9])?, VERSION matches [1-9][0-9]{0,8}.
@@ -186,7 +187,11 @@ class Model(google.protobuf.message.Message):
 
     @property
     def latent_spec(self) -> Global___TensorSpec:
-        """Shape, type and range of one latent code; unset when the model has none."""
+        """Shape, type and range of one latent code; unset when the model has none. Without a
+        range the prior is normal, N(0, 1) in every element; with the range 0 to 1 it is
+        uniform, U[0, 1), and a binary unit's code of 0 or 1 means just that. No other range
+        is allowed but to diffusion models.
+        """
 
     @property
     def class_names(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -208,6 +213,12 @@ class Model(google.protobuf.message.Message):
         from when a request gives none. Empty means uniform.
         """
 
+    @property
+    def determinism(self) -> Global___ModelDeterminism:
+        """Output only. What this server promises of the bytes of this model's answers; unset
+        until the model is loaded.
+        """
+
     def __init__(
         self,
         *,
@@ -223,11 +234,101 @@ class Model(google.protobuf.message.Message):
         diffusion: Global___DiffusionSpec | None = ...,
         card: Global___ModelCard | None = ...,
         class_probabilities: collections.abc.Iterable[builtins.float] | None = ...,
+        determinism: Global___ModelDeterminism | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["card", b"card", "diffusion", b"diffusion", "latent_spec", b"latent_spec", "sample_spec", b"sample_spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["card", b"card", "class_names", b"class_names", "class_probabilities", b"class_probabilities", "diffusion", b"diffusion", "digest", b"digest", "failure_reason", b"failure_reason", "family", b"family", "latent_spec", b"latent_spec", "methods", b"methods", "name", b"name", "sample_spec", b"sample_spec", "state", b"state"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["card", b"card", "determinism", b"determinism", "diffusion", b"diffusion", "latent_spec", b"latent_spec", "sample_spec", b"sample_spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["card", b"card", "class_names", b"class_names", "class_probabilities", b"class_probabilities", "determinism", b"determinism", "diffusion", b"diffusion", "digest", b"digest", "failure_reason", b"failure_reason", "family", b"family", "latent_spec", b"latent_spec", "methods", b"methods", "name", b"name", "sample_spec", b"sample_spec", "state", b"state"]) -> None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
+
+@typing.final
+class ModelDeterminism(google.protobuf.message.Message):
+    """What a server promises of the bytes of a model's answers, and what it found out by
+    trial when it loaded the model.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _Promise:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _PromiseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[ModelDeterminism._Promise.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        PROMISE_UNSPECIFIED: ModelDeterminism._Promise.ValueType  # 0
+        """Never sent."""
+        PROMISE_BATCHED: ModelDeterminism._Promise.ValueType  # 1
+        """Equal bytes; samples of unlike requests share network calls."""
+        PROMISE_ALONE: ModelDeterminism._Promise.ValueType  # 2
+        """Equal bytes; rows of the network see each other, so that every sample has network
+        calls to itself, which is slower.
+        """
+        PROMISE_NOTHING: ModelDeterminism._Promise.ValueType  # 3
+        """Equal requests may give unequal bytes."""
+
+    class Promise(_Promise, metaclass=_PromiseEnumTypeWrapper):
+        """How far a promise goes. New values may be added."""
+
+    PROMISE_UNSPECIFIED: ModelDeterminism.Promise.ValueType  # 0
+    """Never sent."""
+    PROMISE_BATCHED: ModelDeterminism.Promise.ValueType  # 1
+    """Equal bytes; samples of unlike requests share network calls."""
+    PROMISE_ALONE: ModelDeterminism.Promise.ValueType  # 2
+    """Equal bytes; rows of the network see each other, so that every sample has network
+    calls to itself, which is slower.
+    """
+    PROMISE_NOTHING: ModelDeterminism.Promise.ValueType  # 3
+    """Equal requests may give unequal bytes."""
+
+    @typing.final
+    class Graph(google.protobuf.message.Message):
+        """One of the model's networks."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        FILE_FIELD_NUMBER: builtins.int
+        PROMISE_FIELD_NUMBER: builtins.int
+        BATCH_SIZES_FIELD_NUMBER: builtins.int
+        file: builtins.str
+        """Its file in the bundle, e.g. `denoiser.onnx`."""
+        promise: Global___ModelDeterminism.Promise.ValueType
+        """What is promised of it."""
+        @property
+        def batch_sizes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+            """The numbers of rows it is called with, rising."""
+
+        def __init__(
+            self,
+            *,
+            file: builtins.str = ...,
+            promise: Global___ModelDeterminism.Promise.ValueType = ...,
+            batch_sizes: collections.abc.Iterable[builtins.int] | None = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["batch_sizes", b"batch_sizes", "file", b"file", "promise", b"promise"]) -> None: ...
+
+    DETERMINISM_CLASS_FIELD_NUMBER: builtins.int
+    GRAPHS_FIELD_NUMBER: builtins.int
+    EXPLANATION_FIELD_NUMBER: builtins.int
+    determinism_class: builtins.str
+    """`SampleAccepted.determinism_class` of its answers. Where it begins with `none-` or
+    `uncertified-` nothing is promised, and answers carry one of their own each.
+    """
+    explanation: builtins.str
+    """For people: what is promised of which network, and why not more."""
+    @property
+    def graphs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModelDeterminism.Graph]:
+        """Every network of the model."""
+
+    def __init__(
+        self,
+        *,
+        determinism_class: builtins.str = ...,
+        graphs: collections.abc.Iterable[Global___ModelDeterminism.Graph] | None = ...,
+        explanation: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["determinism_class", b"determinism_class", "explanation", b"explanation", "graphs", b"graphs"]) -> None: ...
+
+Global___ModelDeterminism: typing_extensions.TypeAlias = ModelDeterminism
 
 @typing.final
 class TensorSpec(google.protobuf.message.Message):
