@@ -21,6 +21,29 @@ SETTINGS = {
     "gan": ["hidden=16", "latent=5"],
     "diffusion": ["timestep_count=20"],
 }
+JOIN_AND_LEAVE = """
+from pathlib import Path
+
+import torch
+from latentd_trainer.shard import join_group
+
+for _ in range(3):
+    with join_group(torch.device("cpu")) as shard:
+        torch.optim.AdamW([torch.ones(1, requires_grad=True)])  # imports more of torch.distributed
+        assert shard.mean(torch.tensor(float(shard.rank))) == 0.5
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert threads and not [name for name in threads if "gloo" in name], threads
+"""
+
+
+def torchrun(*arguments: str | Path) -> None:
+    """Run a program as two processes; raises CalledProcessError if one fails."""
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -29,15 +52,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, family: str) -> None:
     settings = [f"steps={STEPS}", "batch_size=8", "width=16", *SETTINGS[family]]
     options = ["--device", "cpu", "--seed", "5", *(part for setting in settings for part in ("--set", setting))]
     assert CliRunner().invoke(app, ["fit", family, "--out", str(tmp_path / "one"), *options]).exit_code == 0
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "latentd_trainer", "fit", family, "--out", tmp_path / "two", *options),
-        ],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    torchrun("-m", "latentd_trainer", "fit", family, "--out", tmp_path / "two", *options)
     one, two = (load_file(tmp_path / name / CHECKPOINT_FILE) for name in ("one", "two"))
     assert set(one) == set(two)
     for key, tensor in one.items():
@@ -52,6 +67,13 @@ def test_two_processes_train_what_one_does(tmp_path: Path, family: str) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4)
     # Shares round in another way when they are summed, so the number of processes belongs to the record.
     assert [read_record(tmp_path / name).processes for name in ("one", "two")] == [1, 2]
+
+
+def test_a_group_that_is_left_leaves_no_thread_and_another_can_be_joined(tmp_path: Path) -> None:
+    """No thread of gloo lives on to meet the interpreter's end, and the addresses of old groups are not taken again."""
+    program = tmp_path / "program.py"
+    program.write_text(JOIN_AND_LEAVE)
+    torchrun(program)
 
 
 def test_shares_are_equal_and_cover_the_batch() -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+# Imported before any group is joined, because its functions keep the group of that moment as a default argument. An
+# optimizer imports it; were that later, the group would outlive `join_group`, and with it gloo's threads, which take
+# the interpreter's lock to free a tensor. One that does so while the interpreter ends aborts the process.
+import torch.distributed.nn.functional
 from torch import distributed, nn
+
+_joined = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -57,13 +65,20 @@ class Shard:
 
 @contextmanager
 def join_group(device: torch.device) -> Iterator[Shard]:
-    """Join the processes that `torchrun` started, if it started this one; leave them at the end."""
+    """Join the processes that `torchrun` started, if it started this one; leave them at the end.
+
+    A process may join and leave many times; all must do so equally often.
+    """
     if process_count() == 1:
         yield Shard()
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The store lives as long as torchrun does, and still holds the addresses of groups that were left.
+    store, rank, count = next(distributed.rendezvous("env://"))
+    store = distributed.PrefixStore(f"latentd/{next(_joined)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
     try:
-        yield Shard(distributed.get_rank(), distributed.get_world_size())
+        yield Shard(rank, count)
     finally:
         distributed.destroy_process_group()
 
