@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from latentd_trainer import onnx_graph, parity
 from latentd_trainer.bundle import BundleError
 from latentd_trainer.checkpoint import CHECKPOINT_FILE, RunRecord, load_run
 from latentd_trainer.contract import bundle_violations, role_name
-from latentd_trainer.data import DataInfo
 from latentd_trainer.onnx_graph import GraphError
+from latentd_trainer.onnx_module import OnnxModule
 from latentd_trainer.spec import Graph, GraphInput, Role, ServingSpec, Source
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def write_bundle(
     replace: bool = False,
     trained_steps: int | None = None,
 ) -> Path:
-    """Write `models/NAME/VERSION/` and return it.
+    """Write what was trained to `models/NAME/VERSION/` and return that.
 
     Beside the graphs it holds the weights served (`checkpoint.safetensors`) and how they came about
     (`record.json`), for `verify`; a server ignores both.
@@ -90,6 +91,57 @@ def write_bundle(
         trained_steps: How many steps it was trained for, which may be fewer than the settings ask for.
 
     Raises:
+        GraphError: see `package`.
+        BundleError: see `package`.
+    """
+    training = dataclasses.asdict(record)
+    del training["data"]  # where the data lay; their digest stays
+    origin = Origin(
+        dataset=record.info.name,
+        class_names=record.info.class_names,
+        class_probabilities=record.info.class_probabilities,
+        license=license,
+        train_time=train_time,
+        record={**training, "trained_steps": trained_steps},
+    )
+    beside = {CHECKPOINT_FILE: safetensors.torch.save(weights(spec))}
+    return package(spec, origin, models=models, name=name, version=version, replace=replace, beside=beside)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from: what its card and its record say of it beside its networks."""
+
+    dataset: str
+    class_names: Sequence[str]
+    class_probabilities: Sequence[float]
+    license: str  # SPDX identifier
+    record: Mapping[str, Any]  # how it came about, as JSON
+    train_time: datetime | None = None  # with its time zone
+
+
+def package(
+    spec: ServingSpec,
+    origin: Origin,
+    *,
+    models: Path,
+    name: str,
+    version: int | None = None,
+    replace: bool = False,
+    beside: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Export and check every network, write all of it to `models/NAME/VERSION/` at once, and return that.
+
+    Args:
+        spec: The networks and what a server must know of them.
+        origin: Where they come from.
+        models: The models directory of a server.
+        name: What the model is called.
+        version: Its version; the next free one if not given.
+        replace: Whether an existing version may be replaced.
+        beside: Files that lie in the bundle beside what a server reads, by name.
+
+    Raises:
         GraphError: a network cannot be exported, breaks the contract, or differs from torch by more than
             `parity.ROW_TOLERANCE`; the message names the graph, the input and what was expected.
         BundleError: the spec cannot be served as it is, the version exists and `replace` is not set, or the disk
@@ -100,7 +152,7 @@ def write_bundle(
     version = version or bundles.next_version(models, name)
     directory = models / name / str(version)
     bundles.require_free(directory, replace)
-    bundle = _declare(spec, record.info, train_time, f"{name}@{version}", license)
+    bundle = declare(spec, origin, f"{name}@{version}")
     if violations := bundle_violations(bundle):
         raise BundleError("the model cannot be served as it is:\n" + "\n".join(f"- {each}" for each in violations))
 
@@ -111,24 +163,18 @@ def write_bundle(
         files[network.file] = data
         network.sha256 = bundles.sha256(data)
     bundle.model.digest = bundle_digest(bundle)
-    files[CHECKPOINT_FILE] = safetensors.torch.save(weights(spec))
-    files[bundles.RECORD_FILE] = (json.dumps(_record(record, trained_steps, proofs), indent=2) + "\n").encode()
+    files |= beside or {}
+    files[bundles.RECORD_FILE] = (
+        json.dumps({**origin.record, "export": _how_exported(proofs)}, indent=2) + "\n"
+    ).encode()
     bundles.write(directory, bundle, files, replace=replace)
     return directory
 
 
-def _record(record: RunRecord, trained_steps: int | None, proofs: Mapping[str, Any]) -> dict[str, Any]:
-    """How the bundle came about. Where the data lay is left out; their digest is in."""
-    training = dataclasses.asdict(record)
-    del training["data"]
+def _how_exported(proofs: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **training,
-        "trained_steps": trained_steps,
-        "export": {
-            "opset": onnx_graph.OPSET,
-            "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": ort.__version__},
-            "parity": proofs,
-        },
+        "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": ort.__version__},
+        "parity": proofs,
     }
 
 
@@ -156,28 +202,28 @@ def load_weights(spec: ServingSpec, tensors: Mapping[str, torch.Tensor]) -> None
             raise GraphError(f"{role_name(graph.role)}: the checkpoint does not fit the network: {error}") from error
 
 
-def _declare(
-    spec: ServingSpec, info: DataInfo, train_time: datetime, reference: str, license: str
-) -> bundle_pb2.Bundle:
+def declare(spec: ServingSpec, origin: Origin, reference: str) -> bundle_pb2.Bundle:
     """The bundle's message, all but the digests of its files."""
     low, high = spec.sample_range
+    latent_low, latent_high = spec.latent_range or (0.0, 0.0)
     model = model_pb2.Model(
         name=reference,
         family=spec.family,
         methods=spec.methods,
         sample_spec=_tensor_spec(spec.sample_shape, low=low, high=high),
-        latent_spec=_tensor_spec(spec.latent_shape) if spec.latent_shape else None,
-        class_names=info.class_names,
-        class_probabilities=info.class_probabilities,
+        latent_spec=_tensor_spec(spec.latent_shape, low=latent_low, high=latent_high) if spec.latent_shape else None,
+        class_names=origin.class_names if spec.class_conditional else (),
+        class_probabilities=origin.class_probabilities if spec.class_conditional else (),
         diffusion=spec.diffusion,
         card=model_pb2.ModelCard(
             description=spec.description,
-            license=license,
-            dataset=info.name,
+            license=origin.license,
+            dataset=origin.dataset,
             reference_uri=spec.reference_uri,
         ),
     )
-    model.card.train_time.FromDatetime(train_time)
+    if origin.train_time is not None:
+        model.card.train_time.FromDatetime(origin.train_time)
     networks = [
         bundle_pb2.Network(
             role=graph.role,
@@ -203,6 +249,8 @@ def _input_spec(entry: GraphInput, role: int, model: model_pb2.Model) -> model_p
     low = high = 0.0
     if entry.source == Source.SOURCE_SAMPLE and role != Role.ROLE_DENOISER:  # noisy samples have no bound
         low, high = model.sample_spec.min_value, model.sample_spec.max_value
+    elif entry.source == Source.SOURCE_LATENT:
+        low, high = model.latent_spec.min_value, model.latent_spec.max_value
     elif entry.source == Source.SOURCE_TIMESTEP:
         high = len(model.diffusion.alphas) - 1
     elif entry.source == Source.SOURCE_CLASS_LABEL:
@@ -228,7 +276,10 @@ def _export_graph(graph: Graph, network: bundle_pb2.Network, model: model_pb2.Mo
     example = parity.random_rows(network, onnx_graph.EXAMPLE_BATCH)
     graph.module.cpu()
     try:
-        exported = onnx_graph.to_onnx(graph, example)
+        if isinstance(graph.module, OnnxModule):
+            exported = graph.module.model
+        else:
+            exported = onnx_graph.to_onnx(graph, example)
         if violations := onnx_graph.graph_violations(exported, network):
             raise GraphError("the exported graph cannot be served: " + "; ".join(violations))
         data = onnx_graph.serialize(exported)
@@ -237,7 +288,7 @@ def _export_graph(graph: Graph, network: bundle_pb2.Network, model: model_pb2.Mo
         raise GraphError(f"{role}: {error}") from error
     if not proof["row_invariant"]:
         _log.warning("%s: a row's bytes depend on the batch it rides in; equal seeds will not give equal bytes", role)
-    return data, proof
+    return data, {"opset": onnx_graph.opset(exported), **proof}
 
 
 def _prove(graph: Graph, network: bundle_pb2.Network, model: model_pb2.Model, data: bytes) -> dict[str, Any]:
@@ -247,6 +298,8 @@ def _prove(graph: Graph, network: bundle_pb2.Network, model: model_pb2.Model, da
         GraphError: further than is allowed.
     """
     session = parity.open_session(data)
+    if isinstance(graph.module, OnnxModule):  # there is no torch to be equal to
+        return {"row_invariant": parity.row_invariant(session, network)}
     proof: dict[str, Any] = {"deviation": parity.worst_deviation(graph.module, session, network)}
     if graph.role == Role.ROLE_DENOISER:
         proof["chain_deviation"] = parity.chain_deviation(graph.module, session, network, model)

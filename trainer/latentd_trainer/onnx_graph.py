@@ -74,6 +74,11 @@ def to_onnx(graph: Graph, example: Mapping[str, NDArray[Any]], opset: int = OPSE
     return model
 
 
+def opset(model: onnx.ModelProto) -> int:
+    """Version of the default operator set that a graph is written in; 0 if it names none."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
 def serialize(model: onnx.ModelProto) -> bytes:
     """The bytes of the `.onnx` file; equal graphs give equal bytes.
 
