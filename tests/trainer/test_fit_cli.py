@@ -164,10 +164,11 @@ def test_help_does_not_wait_for_torch() -> None:
         assert option in result.stdout
 
 
-def test_without_torch_it_says_what_to_install(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", ["typer", "torch"])
+def test_without_its_extra_it_says_what_to_install(tmp_path: Path, missing: str) -> None:
     """Where only the client or the server is installed, training tells the extra that it needs."""
-    script = "import sys; sys.modules['torch'] = None; from latentd_trainer.cli import main; main()"
+    script = f"import sys; sys.modules['{missing}'] = None; from latentd_trainer.__main__ import main; main()"
     command = [sys.executable, "-c", script, "fit", "vae", "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "latentd-train needs torch: pip install 'latentd[train,cpu]'\n"
+    assert done.returncode == 2
+    assert done.stderr == f"latentd-train needs {missing}: pip install 'latentd[train,cpu]'\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -263,13 +262,3 @@ def _continued_record(
             soft_wrap=True,
         )
     return record, dataset
-
-
-def main() -> None:
-    """The entry point of `latentd-train`; says how to get what it needs where only client or server are installed."""
-    try:
-        app()
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("latentd"):
-            raise
-        sys.exit(f"latentd-train needs {error.name}: pip install 'latentd[train,cpu]'")

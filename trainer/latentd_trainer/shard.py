@@ -15,6 +15,7 @@ import torch
 # the interpreter's lock to free a tensor. One that does so while the interpreter ends aborts the process.
 import torch.distributed.nn.functional
 from torch import distributed, nn
+from torch.distributed.rendezvous import rendezvous
 
 _joined = itertools.count()
 
@@ -73,8 +74,8 @@ def join_group(device: torch.device) -> Iterator[Shard]:
         yield Shard()
         return
     # The store lives as long as torchrun does, and still holds the addresses of groups that were left.
-    store, rank, count = next(distributed.rendezvous("env://"))
-    store = distributed.PrefixStore(f"latentd/{next(_joined)}", store)
+    store, rank, count = next(rendezvous("env://"))
+    store = distributed.PrefixStore(f"latentd/{next(_joined)}", store)  # type: ignore[attr-defined] # not in __all__
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
     try:
