@@ -25,6 +25,7 @@ from latentd.v1 import admin_service_pb2, generation_service_pb2, model_service_
 
 from latentd_server import logs
 from latentd_server.catalogue import AdminService, ModelService
+from latentd_server.certificate_cache import open_cache
 from latentd_server.config import Config
 from latentd_server.engine import Engine
 from latentd_server.exchange import Door
@@ -126,7 +127,15 @@ async def serving(config: Config, device: Device, points: Points | None = None) 
     engine = Engine(metrics, max_rows=config.max_batch_rows, max_backlog=config.max_backlog, points=points)
     metrics.watch(lambda: engine.backlog, lambda: engine.queue_depth)
     threads = config.threads or default_threads()
-    registry = Registry(config.models, engine, device, threads=threads, max_rows=config.max_batch_rows)
+    registry = Registry(
+        config.models,
+        engine,
+        device,
+        threads=threads,
+        max_rows=config.max_batch_rows,
+        strict=config.determinism == "strict",
+        cache=open_cache(config.cache, os.environ),
+    )
     health = Health()
     registry.subscribe(health.model_changed)
     registry.subscribe(metrics.model_state)

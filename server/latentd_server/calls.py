@@ -54,7 +54,7 @@ def sample(fields: Fields, request: generation_service_pb2.SampleRequest, head: 
     return Sampling(
         job=job,
         resolved_request=resolved,
-        determinism_class=model.determinism_class,
+        determinism_class=head.determinism_class,
         form=head.form,
         samples=output.name,
         latents=latent.name if latent else None,

@@ -76,6 +76,22 @@ class Config(BaseModel):
     device: Annotated[str, AfterValidator(_device)] = Field(
         "auto", description="auto (a GPU if there is one that can be used), cpu, or cuda:N"
     )
+    determinism: Literal["strict", "none"] = Field(
+        "strict",
+        description="strict: equal requests give equal bytes whatever the load; none: nothing is promised or tried",
+    )
+    cache: str = Field(
+        "auto",
+        description="directory where certificates of equal bytes are kept, so that a restart is quick; auto is latentd "
+        "in the user's cache directory, off keeps none",
+    )
+    self_check_interval: float = Field(
+        10.0,
+        ge=0,
+        le=86_400,
+        description="seconds at least between self-checks, which repeat a finished sample while nothing else is to be "
+        "done; 0 is never",
+    )
     threads: int = Field(0, ge=0, le=1024, description="threads of one network call on the CPU; 0 takes all cores")
     max_batch_rows: int = Field(32, ge=2, le=4096, description="rows of one network call; a guided sample takes two")
     max_backlog: int = Field(
@@ -151,8 +167,8 @@ def _metavar(key: str, field: FieldInfo) -> str:
     kinds: dict[object, str] = {int: "N", float: "SECONDS", Path: "DIR"}
     if key in ("listen", "http", "health", "admin"):
         return "HOST:PORT"
-    if key == "device":
-        return "DEVICE"
+    if key in ("device", "cache"):
+        return {"device": "DEVICE", "cache": "DIR|auto|off"}[key]
     literals = getattr(field.annotation, "__args__", None)
     return "|".join(literals) if literals else kinds.get(field.annotation, "VALUE")
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import json
 import os
 import platform
 import re
@@ -13,34 +14,46 @@ from pathlib import Path
 import numpy as np
 
 from latentd_server import runtime
-from latentd_server.certificate import Buckets
+from latentd_server.certificate import Certificate, Promise
 from latentd_server.runtime import Device, DeviceError
 
 ARITHMETIC_VERSION = 1
 """Raised whenever the server's own arithmetic may change a byte."""
 
 
-def determinism_class(digest: str, device: Device, threads: int, buckets: Mapping[int, Buckets]) -> str:
+def conditions(digest: str, device: Device, threads: int) -> dict[str, str]:
+    """What bytes may depend on besides the request, the sizes of calls and the server's own arithmetic aside: the
+    model, the runtime, NumPy, the kind of processor and the number of threads.
+    """
+    return {
+        "arithmetic": str(ARITHMETIC_VERSION),
+        "model": digest,
+        "onnxruntime": runtime.VERSION,
+        "numpy": np.__version__,
+        "provider": device.provider,
+        "processor": _processor() if device.kind == "cpu" else _gpu(device.index),
+        "threads": str(threads),
+    }
+
+
+def determinism_class(
+    conditions: Mapping[str, str], device: Device, certificates: Mapping[str, Certificate], strict: bool
+) -> str:
     """Names the boundary of the promise: equal strings and equal requests, equal bytes.
 
-    Covers the weights, this server's arithmetic, runtime, NumPy, device and its kind, threads and bucket classes.
-    A graph without a certificate gives a string that no other process shares.
+    Covers the conditions, and of every graph how lanes ride and in which sizes. Where a graph promises nothing the
+    string says so, and what follows the prefix tells loads of a model apart; `is_promise` is False for it.
     """
-    parts = [
-        f"arithmetic={ARITHMETIC_VERSION}",
-        digest,
-        f"onnxruntime={runtime.VERSION}",
-        f"numpy={np.__version__}",
-        device.provider,
-        _processor() if device.kind == "cpu" else _gpu(device.index),
-        f"threads={threads}",
-        *(f"{role}:{','.join(map(str, sizes.sizes))}" for role, sizes in sorted(buckets.items())),
-    ]
-    certified = all(sizes.certified for sizes in buckets.values())
-    if not certified:
-        parts.append(os.urandom(16).hex())
-    text = hashlib.sha256("|".join(parts).encode()).hexdigest()[:24]
-    return f"{'certified' if certified else 'uncertified'}-{device.kind}-{text}"
+    if any(each.promise is Promise.NOTHING for each in certificates.values()):
+        return f"{'uncertified' if strict else 'none'}-{device.kind}-{os.urandom(12).hex()}"
+    found = {file: [each.promise, *each.buckets.sizes] for file, each in sorted(certificates.items())}
+    text = json.dumps([conditions, found], sort_keys=True)
+    return f"certified-{device.kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
+def is_promise(determinism_class: str) -> bool:
+    """Whether a class promises anything."""
+    return determinism_class.startswith("certified-")
 
 
 _CPU_NAMES = ("model name", "CPU implementer", "CPU part")

@@ -34,6 +34,7 @@ class Servable:
     bundle: bundle_pb2.Bundle
     schedule: Schedule | None  # diffusion models only
     determinism_class: str
+    promise: bool = True  # whether equal classes promise anything; if not, no two answers get the same
 
     @property
     def model(self) -> model_pb2.Model:

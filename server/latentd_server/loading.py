@@ -1,27 +1,37 @@
 """From a bundle on disk to graphs on the device: compile, warm up, certify. Slow; belongs on a thread of its own."""
 
+import hashlib
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-from latentd.tensor import DTYPES
+from latentd import __version__
 from latentd.v1 import bundle_pb2, model_pb2
 
-from latentd_server import samplers, step_graph
+from latentd_server import step_graph
+from latentd_server.alone import Alone
 from latentd_server.bundle import StoredBundle, read
-from latentd_server.certificate import Buckets, certify
-from latentd_server.determinism import determinism_class
+from latentd_server.certificate import Buckets, Certificate, Promise, Trial, bucket_sizes, certify, warm_up, witness
+from latentd_server.certificate_cache import CertificateCache
+from latentd_server.determinism import conditions, determinism_class, is_promise
 from latentd_server.job import Servable
 from latentd_server.runners import CallRunner, Runner, StepRunner
-from latentd_server.runtime import CompiledGraph, Device, Feeds
+from latentd_server.runtime import CompiledGraph, Device
 from latentd_server.scheduler import GraphKey
+from latentd_server.trials import CallTrial, StepTrial
 
 log = logging.getLogger(__name__)
 
 _Source = bundle_pb2.NetworkInput
+_Determinism = model_pb2.ModelDeterminism
+
+_PROMISES = {
+    Promise.BATCHED: _Determinism.PROMISE_BATCHED,
+    Promise.ALONE: _Determinism.PROMISE_ALONE,
+    Promise.NOTHING: _Determinism.PROMISE_NOTHING,
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,18 @@ class LoadedModel:
     runners: dict[GraphKey, Runner]
 
 
-def load(directory: Path, device: Device, threads: int, max_rows: int) -> LoadedModel:
+@dataclass(frozen=True)
+class Terms:
+    """How models are to be loaded."""
+
+    device: Device
+    threads: int
+    max_rows: int
+    strict: bool  # equal bytes, or else whatever is fastest
+    cache: CertificateCache
+
+
+def load(directory: Path, terms: Terms) -> LoadedModel:
     """Read, check, compile, warm up and certify one bundle.
 
     Raises:
@@ -42,49 +63,37 @@ def load(directory: Path, device: Device, threads: int, max_rows: int) -> Loaded
     started = time.monotonic()
     stored = read(directory)
     model = stored.message.model
+    circumstances = conditions(model.digest, terms.device, terms.threads)
     runners: dict[GraphKey, Runner] = {}
-    buckets: dict[int, Buckets] = {}
+    certificates: dict[str, Certificate] = {}
     for network in stored.message.networks:
-        data = stored.graphs[network.role]
-        if network.role == bundle_pb2.Network.ROLE_DENOISER:
-            runners[model.name, network.role], sizes = _step_runner(data, network, stored, device, threads, max_rows)
-        else:
-            graph = CompiledGraph(data, device, threads)
-            sizes = certify(graph, partial(_rows, network, model), max_rows)
-            runners[model.name, network.role] = CallRunner(graph, network, sizes)
-        if not sizes.certified:
-            log.warning("%s: rows of %s see each other; its bytes may change with load", model.name, network.file)
-        buckets[network.role] = sizes
-    determinism = determinism_class(model.digest, device, threads, buckets)
-    log.info("%s is ready after %.2f s (%s)", model.name, time.monotonic() - started, determinism)
-    return LoadedModel(Servable(stored.message, stored.schedule, determinism), runners)
+        runner, trial, data = _prepared(network, stored, terms)
+        known = circumstances | {"graph": hashlib.sha256(data).hexdigest(), "latentd": __version__}
+        certificate = _certificate(trial, known, terms)
+        runner.buckets = certificate.buckets
+        runners[model.name, network.role] = Alone(runner) if certificate.promise is Promise.ALONE else runner
+        certificates[network.file] = certificate
+        if terms.strict and certificate.promise is not Promise.BATCHED:
+            log.warning("%s: %s", model.name, _explanation(network.file, certificate))
+    name = determinism_class(circumstances, terms.device, certificates, terms.strict)
+    model.determinism.CopyFrom(_described(name, certificates, terms.strict))
+    log.info("%s is ready after %.2f s (%s)", model.name, time.monotonic() - started, name)
+    return LoadedModel(Servable(stored.message, stored.schedule, name, is_promise(name)), runners)
 
 
-def _rows(network: bundle_pb2.Network, model: model_pb2.Model, count: int, rng: np.random.Generator) -> Feeds:
-    """Random inputs of a graph, as requests might bring them."""
-    feeds: Feeds = {}
-    for value in network.inputs:
-        shape = (count, *value.spec.shape)
-        if value.source == _Source.SOURCE_TIMESTEP:
-            feeds[value.name] = rng.integers(0, len(model.diffusion.alphas), shape)
-        elif value.source == _Source.SOURCE_CLASS_LABEL:
-            feeds[value.name] = rng.integers(0, max(1, len(model.class_names)), shape)
-        elif value.source == _Source.SOURCE_UNIFORM_NOISE:
-            feeds[value.name] = rng.random(shape, np.float32)
-        else:
-            feeds[value.name] = rng.standard_normal(shape, np.float32).astype(DTYPES[value.spec.data_type])
-    return feeds
-
-
-def _step_runner(
-    data: bytes, network: bundle_pb2.Network, stored: StoredBundle, device: Device, threads: int, max_rows: int
-) -> tuple[StepRunner, Buckets]:
-    """Wrap the denoiser in the step graph and try that as a whole."""
-    model = stored.message.model
+def _prepared(
+    network: bundle_pb2.Network, stored: StoredBundle, terms: Terms
+) -> tuple[CallRunner | StepRunner, Trial, bytes]:
+    """A graph on the device, its trial, and what was compiled. The denoiser is wrapped in the step graph."""
+    model, data = stored.message.model, stored.graphs[network.role]
+    everything = Buckets(bucket_sizes(terms.max_rows, terms.device.kind))
+    if network.role != bundle_pb2.Network.ROLE_DENOISER:
+        calls = CallRunner(CompiledGraph(data, terms.device, terms.threads), network, everything)
+        return calls, CallTrial(calls, network, model, terms.max_rows), data
     by_source = {value.source: value.name for value in network.inputs}
     label = by_source.get(_Source.SOURCE_CLASS_LABEL)
     shape = tuple(model.sample_spec.shape)
-    fused = step_graph.build(
+    data = step_graph.build(
         data,
         by_source[_Source.SOURCE_SAMPLE],
         by_source[_Source.SOURCE_TIMESTEP],
@@ -92,25 +101,49 @@ def _step_runner(
         network.outputs[0].name,
         shape,
     )
-    graph = CompiledGraph(fused, device, threads)
+    has_label = label is not None
+    steps = StepRunner(CompiledGraph(data, terms.device, terms.threads), shape, has_label, everything)
+    return steps, StepTrial(steps, model, has_label, terms.max_rows), data
 
-    def rows(count: int, rng: np.random.Generator) -> Feeds:
-        own = np.arange(count)
-        feeds = _rows(network, model, count, rng)
-        images = {
-            name: rng.standard_normal((count, *shape), np.float32) for name in ("x", "h", "x_init", "h_init", "z")
-        }
-        step = {
-            "slot": own,
-            "lane": own,
-            "row_u": own,
-            "row_c": own,
-            "timestep": feeds[by_source[_Source.SOURCE_TIMESTEP]],
-            "reset": rng.random(count) < 0.5,  # admitted, or held from the call before
-            "w": np.ones(count, np.float32),
-            "coefficients": rng.standard_normal((len(samplers.COLUMNS), count, *[1] * len(shape)), np.float32),
-        }
-        return images | step | ({"label": feeds[label]} if label is not None else {})
 
-    sizes = certify(graph, rows, max_rows)
-    return StepRunner(graph, shape, label is not None, sizes), sizes
+def _certificate(trial: Trial, known: Mapping[str, str], terms: Terms) -> Certificate:
+    """Try a graph, or look up what trying it gave before; either way it is warm afterwards.
+
+    A kept certificate is believed when the smallest call still gives the bytes it gave then.
+    """
+    sizes = bucket_sizes(terms.max_rows, terms.device.kind)
+    found = terms.cache.find(known, sizes) if terms.strict else Certificate(Promise.NOTHING, Buckets(sizes))
+    if found is not None and terms.device.kind == "cuda":  # kernels are loaded and graphs captured by the first calls
+        warm_up(trial, found.buckets)
+    if found is not None and (not terms.strict or witness(trial, found.buckets) == found.witness):
+        return found
+    if found is not None:
+        log.warning("a kept certificate is not believed, since the bytes are not those of then; the graph is tried")
+    certificate = certify(trial, sizes)
+    if certificate.promise is not Promise.NOTHING:
+        terms.cache.keep(known, sizes, certificate)
+    return certificate
+
+
+def _described(name: str, certificates: Mapping[str, Certificate], strict: bool) -> model_pb2.ModelDeterminism:
+    """What GetModel says of it."""
+    explanations = [_explanation(file, each) for file, each in certificates.items()]
+    return _Determinism(
+        determinism_class=name,
+        graphs=[
+            _Determinism.Graph(file=file, promise=_PROMISES[each.promise], batch_sizes=each.buckets.sizes)
+            for file, each in certificates.items()
+        ],
+        explanation="; ".join(explanations) if strict else "this server runs with determinism=none",
+    )
+
+
+def _explanation(file: str, certificate: Certificate) -> str:
+    """A graph's promise in words."""
+    match certificate.promise:
+        case Promise.BATCHED:
+            return f"samples share calls of {file}, in sizes of equal bytes"
+        case Promise.ALONE:
+            return f"rows of {file} see each other, so every sample has a call to itself: equal bytes, but slower"
+        case Promise.NOTHING:
+            return f"{file} gave two answers to one call, so equal requests may give unequal bytes"

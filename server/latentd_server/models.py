@@ -13,10 +13,11 @@ from latentd.names import ModelReference, parse_reference
 from latentd.v1 import model_pb2
 
 from latentd_server.bundle import BundleError, find
+from latentd_server.certificate_cache import CertificateCache
 from latentd_server.engine import Engine
 from latentd_server.failures import ModelFailedError, ModelLoadingError, ModelNotFoundError
 from latentd_server.job import Servable
-from latentd_server.loading import load
+from latentd_server.loading import Terms, load
 from latentd_server.runtime import Device
 
 log = logging.getLogger(__name__)
@@ -49,12 +50,20 @@ class _Held:
 class Registry:
     """The models of one server."""
 
-    def __init__(self, root: Path, engine: Engine, device: Device, *, threads: int, max_rows: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        engine: Engine,
+        device: Device,
+        *,
+        threads: int,
+        max_rows: int,
+        strict: bool = True,
+        cache: CertificateCache | None = None,
+    ) -> None:
         self._root = root
         self._engine = engine
-        self._device = device
-        self._threads = threads
-        self._max_rows = max_rows
+        self._terms = Terms(device, threads, max_rows, strict, cache or CertificateCache(None))
         self._held: dict[ModelReference, _Held] = {}
         self._listeners: list[Listener] = []
 
@@ -147,7 +156,7 @@ class Registry:
             held.failure = ""
             self._change(held, model_pb2.Model.STATE_LOADING)
             try:
-                loaded = await asyncio.to_thread(load, held.directory, self._device, self._threads, self._max_rows)
+                loaded = await asyncio.to_thread(load, held.directory, self._terms)
             except Exception as error:
                 if not isinstance(error, BundleError):
                     log.exception("%s could not be loaded", held.reference)

@@ -43,6 +43,7 @@ class SampleHead:
     indices: Array  # [n] i64; what the seed is combined with
     seed: int
     form: "OutputForm"
+    determinism_class: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ Model = model_pb2.Model
 def sample(
     request: generation_service_pb2.SampleRequest, servable: Servable, fresh_seed: int, limits: Limits
 ) -> Sampling:
-    """Resolve Sample; `fresh_seed` is used where the request has none."""
+    """Resolve Sample; `fresh_seed`, a number nobody else has, is used where the request has none."""
     model = supporting(servable, Model.METHOD_SAMPLE)
     fields = Fields()
     head = _head(fields, request, model, fresh_seed, limits)
@@ -113,4 +113,6 @@ def _head(
     )
     if request.HasField("condition"):
         resolved.condition.CopyFrom(request.condition)
-    return SampleHead(resolved, np.arange(first, first + count, dtype=np.int64), seed, form)
+    # Equal classes promise equal bytes, so where nothing is promised every answer has a class of its own.
+    name = model.determinism_class if model.promise else f"{model.determinism_class}-{fresh_seed:x}"
+    return SampleHead(resolved, np.arange(first, first + count, dtype=np.int64), seed, form, name)

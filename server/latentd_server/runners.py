@@ -96,19 +96,19 @@ class CallRunner:
 
     def __init__(self, graph: CompiledGraph, network: bundle_pb2.Network, buckets: Buckets) -> None:
         self._graph = graph
-        self._buckets = buckets
+        self.buckets = buckets
         self._inputs = {value.name: (tuple(value.spec.shape), DTYPES[value.spec.data_type]) for value in network.inputs}
 
     def padded(self, rows: int) -> int:
         """Rows of the call, padding counted, that so many live rows need."""
-        return self._buckets.fit(rows)
+        return self.buckets.fit(rows)
 
     def forget(self, job_id: int) -> None:
         """Nothing is kept between calls."""
 
     def run(self, segments: Sequence[Segment]) -> list[Outcome]:
         """Evaluate; every segment is done."""
-        size = self._buckets.fit(sum(segment.rows for segment in segments))
+        size = self.buckets.fit(sum(segment.rows for segment in segments))
         feeds = {name: np.zeros((size, *shape), dtype) for name, (shape, dtype) in self._inputs.items()}
         spans, jobs = _spans(segments), [_call_job(segment) for segment in segments]
         for name, target in feeds.items():
@@ -156,14 +156,14 @@ class StepRunner:
         self._graph = graph
         self._shape = shape
         self._has_label = has_label
-        self._buckets = buckets
+        self.buckets = buckets
         self._state = {name: np.zeros((1, *shape), np.float32) for name in ("x", "h")}
         self._lanes: dict[int, _LaneState] = {}
         self._riders: list[tuple[int, int, int]] = []  # job, start, stop of the lanes in the newest state
 
     def padded(self, rows: int) -> int:
         """Rows of the call, padding counted, that so many live rows need."""
-        return self._buckets.fit(rows)
+        return self.buckets.fit(rows)
 
     def forget(self, job_id: int) -> None:
         """Drop the state of a job's lanes."""
@@ -203,7 +203,7 @@ class StepRunner:
 
     def _feeds(self, segments: Sequence[Segment]) -> Feeds:
         """The graph's inputs. Only lists are built lane by lane; arrays are filled a call at a time."""
-        size = self._buckets.fit(sum(segment.rows for segment in segments))
+        size = self.buckets.fit(sum(segment.rows for segment in segments))
         rows: list[Array] = []  # of the newest state, by segment; -1: not there
         labels: list[Array] = []
         coefficients: list[Array] = []  # by lane

@@ -61,7 +61,7 @@ def sample(
     plan = Sampling(
         job=job,
         resolved_request=head.resolved_request,
-        determinism_class=model.determinism_class,
+        determinism_class=head.determinism_class,
         form=head.form,
         samples="sample",
         latents=None,

@@ -106,6 +106,7 @@ class Wiring:
     default_step_count: int
     guidance_supported: bool
     determinism_class: str
+    promise: bool
 
     @property
     def uniform_prior(self) -> bool:
@@ -142,6 +143,7 @@ def wiring(servable: Servable) -> Wiring:
         default_step_count=model.diffusion.default_step_count or _DEFAULT_STEP_COUNT,
         guidance_supported=model.diffusion.guidance_supported,
         determinism_class=servable.determinism_class,
+        promise=servable.promise,
     )
 
 

@@ -82,6 +82,16 @@ def _image_shape() -> dict[str, Any]:
     return {"to_image": np.array([-1, *SHAPE], np.int64), "to_flat": np.array([-1, 16], np.int64)}
 
 
+def _leak(value: str, out: str, leaky: bool) -> list[Any]:
+    """Takes the mean over the batch away, so that rows see each other, or nothing."""
+    if not leaky:
+        return [helper.make_node("Identity", [value], [out])]
+    return [
+        helper.make_node("ReduceMean", [value, "batch_axis"], ["batch_mean"], keepdims=1),
+        helper.make_node("Sub", [value, "batch_mean"], [out]),
+    ]
+
+
 def write_diffusion(
     root: Path,
     name: str = "tiny-diffusion",
@@ -90,8 +100,12 @@ def write_diffusion(
     prediction: int = 2,
     guidance: bool = True,
     seed: int = 0,
+    leaky: bool = False,
 ) -> Path:
-    """A denoiser of one hidden layer: two Gemms around tanh, a timestep table and a label table (row 0 is -1)."""
+    """A denoiser of one hidden layer: two Gemms around tanh, a timestep table and a label table (row 0 is -1).
+
+    A leaky one takes the mean over the batch away.
+    """
     directory = _start(root, name, version)
     weights = _weights(seed, w1=(16, 32), w2=(32, 16), times=(TIMESTEPS, 32), labels=(len(CLASSES) + 1, 32))
     nodes = [
@@ -103,7 +117,8 @@ def write_diffusion(
         helper.make_node("Sum", ["hidden", "time", "label"], ["total"]),
         helper.make_node("Tanh", ["total"], ["active"]),
         helper.make_node("MatMul", ["active", "w2"], ["out"]),
-        helper.make_node("Reshape", ["out", "to_image"], ["prediction"]),
+        *_leak("out", "kept", leaky),
+        helper.make_node("Reshape", ["kept", "to_image"], ["prediction"]),
     ]
     network = _network(
         directory,
@@ -115,7 +130,7 @@ def write_diffusion(
             ("y", _IN.SOURCE_CLASS_LABEL, _I64, ()),
         ],
         [("prediction", _OUT.MEANING_PREDICTION, SHAPE)],
-        weights | _image_shape() | {"one": np.array(1, np.int64)},
+        weights | _image_shape() | {"one": np.array(1, np.int64), "batch_axis": np.array([0], np.int64)},
     )
     angle = (np.arange(TIMESTEPS) + 1) / (TIMESTEPS + 1) * np.pi / 2
     model = model_pb2.Model(
@@ -223,8 +238,8 @@ def write_vae(root: Path, name: str = "tiny-vae", version: int = 1, seed: int = 
     return _write(directory, model, [decoder, encoder, scorer])
 
 
-def write_gan(root: Path, name: str = "tiny-gan", version: int = 1, seed: int = 3) -> Path:
-    """Generator and discriminator of one layer each."""
+def write_gan(root: Path, name: str = "tiny-gan", version: int = 1, seed: int = 3, *, leaky: bool = False) -> Path:
+    """Generator and discriminator of one layer each. A leaky generator takes the mean over the batch away."""
     directory = _start(root, name, version)
     generator = _network(
         directory,
@@ -234,11 +249,13 @@ def write_gan(root: Path, name: str = "tiny-gan", version: int = 1, seed: int = 
             helper.make_node("Gather", ["labels", "y"], ["label"]),
             helper.make_node("Add", ["hidden", "label"], ["total"]),
             helper.make_node("Tanh", ["total"], ["flat"]),
-            helper.make_node("Reshape", ["flat", "to_image"], ["sample"]),
+            *_leak("flat", "kept", leaky),
+            helper.make_node("Reshape", ["kept", "to_image"], ["sample"]),
         ],
         [("z", _IN.SOURCE_LATENT, _F32, (LATENT,)), ("y", _IN.SOURCE_CLASS_LABEL, _I64, ())],
         [("sample", _OUT.MEANING_SAMPLE, SHAPE)],
-        _weights(seed, w=(LATENT, 16), labels=(len(CLASSES), 16)) | {"to_image": _image_shape()["to_image"]},
+        _weights(seed, w=(LATENT, 16), labels=(len(CLASSES), 16))
+        | {"to_image": _image_shape()["to_image"], "batch_axis": np.array([0], np.int64)},
     )
     discriminator = _network(
         directory,

@@ -23,6 +23,7 @@ class Live:
 
     def __init__(self, root: Path, **fields: Any) -> None:
         local = "127.0.0.1:0"
+        fields.setdefault("cache", "off")
         self._config = Config(models=root, listen=local, http=local, threads=1, **fields)
         self._loop = uvloop.new_event_loop()
         self._leave = asyncio.Event()

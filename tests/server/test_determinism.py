@@ -4,20 +4,29 @@ from pathlib import Path
 
 import pytest
 from latentd_server import determinism
-from latentd_server.certificate import Buckets
+from latentd_server.certificate import Buckets, Certificate, Promise
+from latentd_server.determinism import conditions, determinism_class, is_promise
 from latentd_server.runtime import Device
 
 CPU = Device("cpu")
+GOOD = {"decoder.onnx": Certificate(Promise.BATCHED, Buckets((1, 2)))}
 
 
-def test_the_determinism_class_covers_what_can_change_bytes() -> None:
-    """Weights, threads and bucket classes each change it; equal conditions give equal strings."""
-    sizes = {1: Buckets((1, 2), certified=True)}
-    base = determinism.determinism_class("sha256:a", CPU, 2, sizes)
-    assert base == determinism.determinism_class("sha256:a", CPU, 2, sizes)
-    assert base != determinism.determinism_class("sha256:b", CPU, 2, sizes)
-    assert base != determinism.determinism_class("sha256:a", CPU, 1, sizes)
-    assert base != determinism.determinism_class("sha256:a", CPU, 2, {1: Buckets((2,), certified=True)})
+def test_the_class_covers_what_can_change_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, threads, arithmetic, sizes and how lanes ride each change it; equal conditions give equal strings."""
+    known = conditions("sha256:a", CPU, 2)
+    base = determinism_class(known, CPU, GOOD, strict=True)
+    assert base == determinism_class(conditions("sha256:a", CPU, 2), CPU, GOOD, strict=True)
+    assert is_promise(base)
+    others = {
+        determinism_class(conditions("sha256:b", CPU, 2), CPU, GOOD, strict=True),
+        determinism_class(conditions("sha256:a", CPU, 1), CPU, GOOD, strict=True),
+        determinism_class(known, CPU, {"decoder.onnx": Certificate(Promise.BATCHED, Buckets((2,)))}, strict=True),
+        determinism_class(known, CPU, {"decoder.onnx": Certificate(Promise.ALONE, Buckets((1, 2)))}, strict=True),
+    }
+    monkeypatch.setattr(determinism, "ARITHMETIC_VERSION", determinism.ARITHMETIC_VERSION + 1)
+    others.add(determinism_class(conditions("sha256:a", CPU, 2), CPU, GOOD, strict=True))
+    assert len(others - {base}) == 5
 
 
 @pytest.mark.parametrize(
@@ -42,9 +51,11 @@ def test_processors_that_compute_differently_are_told_apart(one: str, other: str
     assert first == patched
 
 
-def test_without_a_certificate_nothing_is_promised() -> None:
-    """An uncertified graph gives a class that is never equal to another."""
-    sizes = {1: Buckets((1, 2), certified=False)}
-    classes = {determinism.determinism_class("sha256:a", CPU, 2, sizes) for _ in range(3)}
+@pytest.mark.parametrize(("strict", "prefix"), [(True, "uncertified-cpu-"), (False, "none-cpu-")])
+def test_where_nothing_is_promised_the_class_says_so(strict: bool, prefix: str) -> None:
+    """A graph without a promise gives a class that is never equal to another, and says whose doing that is."""
+    certificates = GOOD | {"scorer.onnx": Certificate(Promise.NOTHING, Buckets((1, 2)))}
+    known = conditions("sha256:a", CPU, 2)
+    classes = {determinism_class(known, CPU, certificates, strict) for _ in range(3)}
     assert len(classes) == 3
-    assert all(name.startswith("uncertified-") for name in classes)
+    assert all(name.startswith(prefix) and not is_promise(name) for name in classes)
