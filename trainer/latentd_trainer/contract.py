@@ -97,6 +97,12 @@ def _model_violations(model: model_pb2.Model) -> list[str]:
         found.append(f"model.sample_spec: must be float32 of shape [C, H, W], got {_describe(sample)}")
     if not sample.min_value < sample.max_value:
         found.append(f"model.sample_spec: min_value {sample.min_value} must lie below max_value {sample.max_value}")
+    latent = model.latent_spec
+    if not model.HasField("diffusion") and (latent.min_value, latent.max_value) not in ((0, 0), (0, 1)):
+        found.append(
+            "model.latent_spec: must have no range, for a normal prior, or 0 to 1, for a uniform one, "
+            f"got {latent.min_value} to {latent.max_value}"
+        )
     found += _class_violations(model)
     return found
 

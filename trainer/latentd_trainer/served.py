@@ -90,10 +90,11 @@ def _values(
     if entry.source in given:
         return given[entry.source]
     shape = (count, *entry.spec.shape)
+    uniform_latent = entry.source == Source.SOURCE_LATENT and entry.spec.max_value > entry.spec.min_value
+    if entry.source == Source.SOURCE_UNIFORM_NOISE or uniform_latent:
+        return generator.random(shape, np.float32)
     if entry.source in (Source.SOURCE_LATENT, Source.SOURCE_NORMAL_NOISE):
         return generator.standard_normal(shape, np.float32)
-    if entry.source == Source.SOURCE_UNIFORM_NOISE:
-        return generator.random(shape, np.float32)
     kind = Source.Source.Name(entry.source)
     raise EvaluationError(f"{role_name(role)}: input {entry.name!r} takes {kind}, which evaluation does not provide")
 

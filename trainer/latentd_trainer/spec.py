@@ -54,8 +54,10 @@ class ServingSpec:
     graphs: Sequence[Graph]
     methods: Sequence[model_pb2.Model.Method.ValueType]
     sample_shape: tuple[int, int, int]  # [C, H, W]
-    latent_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]  # empty for a model without latents
     description: str
     reference_uri: str  # the paper
     diffusion: model_pb2.DiffusionSpec | None = None
     sample_range: tuple[float, float] = field(default=(-1.0, 1.0))
+    latent_range: tuple[float, float] | None = None  # (0, 1) where the prior is U[0, 1); else it is N(0, 1)
+    class_conditional: bool = True  # whether the model knows the data's classes

@@ -158,7 +158,8 @@ class _Loop:
 
     def _batch(self, step: int) -> Batch:
         train = self.dataset.train
-        chosen = batch_indices(step, self.record.settings["batch_size"], len(train.labels), self.record.seed)
+        size = self.record.settings["batch_size"] or len(train.labels)
+        chosen = batch_indices(step, size, len(train.labels), self.record.seed)
         images = torch.from_numpy(scale(train.pixels[chosen], self.dataset.info.levels))
         labels = torch.from_numpy(train.labels[chosen])
         return Batch(self.shard.rows(images).to(self.device), self.shard.rows(labels).to(self.device))
