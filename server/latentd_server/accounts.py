@@ -25,6 +25,7 @@ class Peer:
 
     caller: str
     request_id: str
+    priority: str = ""  # as its metadata name it, which may be nonsense
 
 
 class Account:

@@ -124,7 +124,15 @@ async def serving(config: Config, device: Device, points: Points | None = None) 
     """
     metrics = Metrics()
     metrics.running(__version__, str(device))
-    engine = Engine(metrics, max_rows=config.max_batch_rows, max_backlog=config.max_backlog, points=points)
+    engine = Engine(
+        metrics,
+        max_rows=config.max_batch_rows,
+        max_backlog=config.max_backlog,
+        max_model_backlog=config.max_model_backlog,
+        max_caller_backlog=config.max_caller_backlog,
+        caller_weights=config.caller_weights,
+        points=points,
+    )
     metrics.watch(lambda: engine.backlog, lambda: engine.queue_depth)
     threads = config.threads or default_threads()
     registry = Registry(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from latentd import __version__
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 ENVIRONMENT_PREFIX = "LATENTD_"
@@ -53,8 +53,20 @@ def _device(text: str) -> str:
     return text
 
 
+def _caller_weights(value: object) -> object:
+    """`NAME=WEIGHT,...` of a flag or a variable as a mapping; the file has a table of them."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.rpartition("=") for part in value.split(",") if part.strip()]
+    weights = {name.strip(): weight.strip() for name, _, weight in pairs}
+    if "" in weights or len(weights) < len(pairs):
+        raise ValueError("must be NAME=WEIGHT with commas between, each name once, e.g. web=4,batch=0.5")
+    return weights
+
+
 Address = Annotated[str, AfterValidator(_address)]
 OptionalAddress = Annotated[str, AfterValidator(_optional_address)]
+CallerWeights = Annotated[dict[str, Annotated[float, Field(ge=0.001, le=1000)]], BeforeValidator(_caller_weights)]
 
 
 class Config(BaseModel):
@@ -96,6 +108,11 @@ class Config(BaseModel):
     max_batch_rows: int = Field(32, ge=2, le=4096, description="rows of one network call; a guided sample takes two")
     max_backlog: int = Field(
         1_000_000, ge=1, description="evaluations that may be accepted and not yet run; more are refused"
+    )
+    max_model_backlog: int = Field(750_000, ge=1, description="evaluations of one model among them")
+    max_caller_backlog: int = Field(500_000, ge=1, description="evaluations of one caller among them")
+    caller_weights: CallerWeights = Field(
+        {}, description="callers' shares in what is contended, as NAME=WEIGHT with commas between; others weigh 1"
     )
     max_samples: int = Field(1024, ge=1, le=1_000_000, description="samples, or rows of a tensor, in one request")
     max_steps: int = Field(1000, ge=1, le=1_000_000, description="solver steps of one sample")
@@ -157,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"latentd {__version__}")
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings (LATENTD_CONFIG; default: none)")
     for key, field in Config.model_fields.items():
-        shown = "none" if field.default == "" else field.default
+        shown = "none" if field.default in ("", {}) else field.default
         text = f"{field.description} ({ENVIRONMENT_PREFIX}{key.upper()}; default: {shown})"
         parser.add_argument(_flag(key), dest=key, metavar=_metavar(key, field), help=text.replace("%", "%%"))
     return parser
@@ -167,6 +184,8 @@ def _metavar(key: str, field: FieldInfo) -> str:
     kinds: dict[object, str] = {int: "N", float: "SECONDS", Path: "DIR"}
     if key in ("listen", "http", "health", "admin"):
         return "HOST:PORT"
+    if key == "caller_weights":
+        return "NAME=WEIGHT,..."
     if key in ("device", "cache"):
         return {"device": "DEVICE", "cache": "DIR|auto|off"}[key]
     literals = getattr(field.annotation, "__args__", None)
@@ -189,7 +208,7 @@ def _file(path: str, problems: list[str]) -> dict[str, Any]:
 
 def _problem(error: Any, origins: Mapping[str, str]) -> str:
     key = str(error["loc"][0])
-    origin = origins.get(key, _flag(key) + " (default)")
+    origin = " ".join((origins.get(key, _flag(key) + " (default)"), *map(str, error["loc"][1:2])))
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, Config.model_fields, 1)
         return f"{origin}: no such setting" + (f"; did you mean {close[0]}?" if close else "")

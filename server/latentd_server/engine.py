@@ -11,25 +11,20 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 from latentd.v1 import bundle_pb2
 
-from latentd_server.failures import (
-    DeadlineError,
-    DeadlineUnreachableError,
-    DrainingError,
-    OverloadedError,
-    RuntimeFailureError,
-    ServingError,
-)
+from latentd_server.admission import Admission, Bounds
+from latentd_server.failures import DeadlineError, DrainingError, RuntimeFailureError, ServingError
 from latentd_server.job import Event, Failed, Finished, Job, Preview, StepJob
 from latentd_server.points import Points
+from latentd_server.priority import Priority
 from latentd_server.runners import Outcome, Runner
-from latentd_server.scheduler import Arrival, Batch, Entry, GraphKey, Scheduler, graph_key
+from latentd_server.scheduler import Arrival, Batch, Entry, GraphKey, Scheduler
 
 Sink = Callable[[Event], None]
 
@@ -39,8 +34,6 @@ all is the device."""
 
 log = logging.getLogger(__name__)
 
-_ESTIMATE_LASTS_S = 5.0
-"""How long the duration of a network call is believed while no other call is timed."""
 _LONGEST_WAIT_S = 3600.0
 """The device thread wakes at least this often; a caller's deadline may lie further ahead than a wait can be long."""
 
@@ -70,12 +63,18 @@ class Engine:
         *,
         max_rows: int,
         max_backlog: int,
+        max_model_backlog: int | None = None,
+        max_caller_backlog: int | None = None,
+        caller_weights: Mapping[str, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
         points: Points | None = None,
     ) -> None:
-        """`max_rows` is the largest batch; `max_backlog` the evaluations that may be accepted and not yet run."""
+        """`max_rows` is the largest batch; `max_backlog` the evaluations that may be accepted and not yet run.
+
+        Those of one model and of one caller have bounds of their own, or the same. `caller_weights` are the shares of
+        callers that do not weigh 1.
+        """
         self._metrics = metrics
-        self._max_backlog = max_backlog
         self._clock = clock
         self._points = points or Points()
         self._loop = asyncio.get_running_loop()
@@ -87,16 +86,14 @@ class Engine:
         self._idle = asyncio.Event()
         self._idle.set()
         self.broken = asyncio.Event()  # the device thread is gone; nothing will be answered any more
-        self._backlog = 0
-        self._backlog_lock = threading.Lock()
-        self._evaluations_per_s = 0.0  # a running mean, for retry hints
-        # For deadlines that no load can explain: of late, and when a call was last timed.
-        self._fastest_call_s: dict[GraphKey, tuple[float, float]] = {}
+        bounds = Bounds(max_backlog, max_model_backlog or max_backlog, max_caller_backlog or max_backlog)
+        self._admission = Admission(bounds, max_rows, caller_weights)  # both sides' own, under the lock
+        self._admission_lock = threading.Lock()
         self._untold: list[Callable[[], None] | None] = []
         # From here on: the device thread's own.
         self._commands: queue.SimpleQueue[list[Callable[[], None] | None]] = queue.SimpleQueue()
         self._runners: dict[GraphKey, Runner] = {}
-        self._scheduler = Scheduler(max_rows)
+        self._scheduler = Scheduler(max_rows, caller_weights)
         self._outbox: list[tuple[int, Event]] = []
         self._vain_batches = 0  # in a row, that failed for every segment even alone
         self._thread = threading.Thread(target=self._work, name="latentd-device", daemon=True)
@@ -107,7 +104,7 @@ class Engine:
     @property
     def backlog(self) -> int:
         """Evaluations accepted and not yet run."""
-        return self._backlog
+        return self._admission.backlog
 
     @property
     def queue_depth(self) -> int:
@@ -119,30 +116,27 @@ class Engine:
         """Whether new work is refused."""
         return self._draining
 
-    def submit(self, job: Job, *, caller: str, deadline: float | None, sink: Sink) -> int:
+    def submit(
+        self, job: Job, *, caller: str, deadline: float | None, sink: Sink, priority: Priority = Priority.NORMAL
+    ) -> int:
         """Accept a job. `sink` gets its events on the event loop, in order, until the last.
 
         Raises:
             DrainingError: the server is shutting down.
-            DeadlineUnreachableError: the deadline has passed already, or would if the job ran alone from now on.
+            QuotaExceededError: the caller has too much outstanding.
             OverloadedError: the backlog has no room for it; says when to try again.
+            DeadlineUnreachableError: it would not be done in time.
         """
         now = self._clock()
         if self._draining:
             raise DrainingError
-        if deadline is not None:
-            self._check_reachable(job, deadline - now, now)
-        evaluations = job.lane_count * job.evaluations_per_lane
-        with self._backlog_lock:
-            # An idle server takes any job that the door let in, however large.
-            if self._backlog and self._backlog + evaluations > self._max_backlog:
-                raise OverloadedError(self._backlog, self._max_backlog, self._retry_after_s())
-            self._backlog += evaluations
         job_id = next(self._ids)
+        with self._admission_lock:
+            self._admission.admit(job_id, job, caller, priority, now, deadline)
         self._sinks[job_id] = sink
         self._models[job_id] = job.model
         self._idle.clear()
-        self._tell(lambda: self._admit(job_id, job, caller, now, deadline))
+        self._tell(lambda: self._admit(job_id, job, caller, priority, now, deadline))
         return job_id
 
     def cancel(self, job_id: int) -> None:
@@ -152,11 +146,16 @@ class Engine:
 
     def pause(self, job_id: int) -> None:
         """Let a job's lanes sit out until `resume`; its deadline goes on."""
-        self._tell(lambda: self._scheduler.pause(job_id, True))
+        self._pause(job_id, True)
 
     def resume(self, job_id: int) -> None:
         """Let a paused job's lanes ride again."""
-        self._tell(lambda: self._scheduler.pause(job_id, False))
+        self._pause(job_id, False)
+
+    def _pause(self, job_id: int, paused: bool) -> None:
+        with self._admission_lock:
+            self._admission.pause(job_id, paused)
+        self._tell(lambda: self._scheduler.pause(job_id, paused))
 
     def drain(self) -> None:
         """Refuse new work from now on; what was accepted is finished."""
@@ -197,24 +196,6 @@ class Engine:
     def _hand_over(self) -> None:
         commands, self._untold = self._untold, []
         self._commands.put(commands)
-
-    def _retry_after_s(self) -> float:
-        """When the backlog may have shrunk by half, within sensible bounds."""
-        if not self._evaluations_per_s:
-            return 1.0
-        return min(30.0, max(0.05, self._backlog / 2 / self._evaluations_per_s))
-
-    def _check_reachable(self, job: Job, left_s: float, now: float) -> None:
-        """Refuse what cannot be done in time even alone: a lane's evaluations follow one another."""
-        if left_s <= 0:
-            raise DeadlineUnreachableError("the deadline has passed before the request was admitted", 0.0)
-        calls = job.evaluations_per_lane // job.rows_per_lane
-        call_s, timed_s = self._fastest_call_s.get(graph_key(job), (0.0, now))
-        estimate_s = calls * call_s
-        # An old measurement refuses nobody, or after one slow call everybody might be refused and none measured again.
-        if estimate_s > left_s and now - timed_s < _ESTIMATE_LASTS_S:
-            text = f"{calls} evaluations one after another take {estimate_s:.3g} s or more; {left_s:.3g} s are left"
-            raise DeadlineUnreachableError(text, estimate_s)
 
     def _forget_sink(self, job_id: int) -> bool:
         known = self._sinks.pop(job_id, None) is not None
@@ -281,11 +262,15 @@ class Engine:
                 command()
             block, timeout = False, None
 
-    def _admit(self, job_id: int, job: Job, caller: str, now: float, deadline: float | None) -> None:
-        self._points.queued(self._scheduler.add(job_id, job, caller, now, deadline))
+    def _admit(
+        self, job_id: int, job: Job, caller: str, priority: Priority, now: float, deadline: float | None
+    ) -> None:
+        self._points.queued(self._scheduler.add(job_id, job, caller, now, deadline, priority))
 
     def _let_go(self, model: str) -> None:
         self._runners = {key: runner for key, runner in self._runners.items() if key[0] != model}
+        with self._admission_lock:
+            self._admission.forget_model(model)
 
     def _ride(self, batch: Batch) -> None:
         runner = self._runners.get(batch.key)
@@ -301,15 +286,11 @@ class Engine:
             outcomes = self._ride_alone(runner, batch, failures)
         seconds = self._clock() - started
         rows = batch.rows
-        self._count(-rows)
-        # The fastest call forgets slowly, so that one lucky measurement does not bind for ever.
-        fastest_s, _ = self._fastest_call_s.get(batch.key, (seconds, 0.0))
-        self._fastest_call_s[batch.key] = min(seconds, 1.01 * fastest_s), started + seconds
-        rate = rows / max(seconds, 1e-9)
-        self._evaluations_per_s += (rate - self._evaluations_per_s) * (0.1 if self._evaluations_per_s else 1.0)
         padded = runner.padded(rows) if runner else rows
         self._metrics.batch_ran(batch.key[0], batch.key[1], rows, padded, seconds)
         arrivals = self._scheduler.complete(batch, seconds)
+        with self._admission_lock:
+            self._admission.ran(batch, arrivals, padded, seconds, started + seconds)
         self._points.evaluated(arrivals)
         for arrival, outcome in zip(arrivals, outcomes, strict=True):
             if arrival.segment.entry.job_id not in failures:
@@ -361,18 +342,15 @@ class Engine:
         entry = self._scheduler.find(job_id)
         if entry is None:
             return
-        self._count(-entry.outstanding)
         self._metrics.evaluations_wasted(self._forget(entry))
 
     def _forget(self, entry: Entry) -> int:
         runner = self._runners.get(entry.key)
         if runner is not None:
             runner.forget(entry.job_id)
+        with self._admission_lock:
+            self._admission.ended(entry.job_id)
         return self._scheduler.remove(entry.job_id)
-
-    def _count(self, change: int) -> None:
-        with self._backlog_lock:
-            self._backlog += change
 
     def _post(self) -> None:
         """One hop to the event loop for all that a batch brought."""

@@ -29,6 +29,7 @@ from latentd_server.failures import (
 from latentd_server.job import Event, Finished, Job, Preview, Servable
 from latentd_server.metrics import Metrics
 from latentd_server.plans import Diffusing, Limits, Loop, LoopStep, Sampling, Scoring
+from latentd_server.priority import Priority, of_metadata
 from latentd_server.respond import Gathered
 
 
@@ -43,7 +44,9 @@ class Engine(Protocol):
     def draining(self) -> bool:
         """Whether new work is refused."""
 
-    def submit(self, job: Job, *, caller: str, deadline: float | None, sink: Callable[[Event], None]) -> int:
+    def submit(
+        self, job: Job, *, caller: str, deadline: float | None, sink: Callable[[Event], None], priority: Priority
+    ) -> int:
         """Accept a job."""
 
     def cancel(self, job_id: int) -> None:
@@ -114,8 +117,18 @@ class Exchange(ABC):
         self.account = Account(door.metrics, door.clock, peer, method)
         self._door = door
         self._peer = peer
+        self._priority = Priority.NORMAL
         self._job_id: int | None = None
         self._paused = False
+
+    def start(self, request: Any, deadline: float | None, priority: Priority | None = None) -> None:
+        """Begin; with a priority of its own, or by the call's metadata.
+
+        Raises:
+            ServingError: nothing was accepted.
+        """
+        self._priority = of_metadata(self._peer.priority) if priority is None else priority
+        self._start(request, deadline)
 
     def on_event(self, event: Event) -> None:
         """Hear from the engine."""
@@ -166,7 +179,11 @@ class Exchange(ABC):
         self.account.seed = job.seed
         try:
             self._job_id = self._door.engine.submit(
-                job, caller=self._peer.caller, deadline=deadline, sink=self.on_event
+                job,
+                caller=self._peer.caller,
+                deadline=deadline,
+                sink=self.on_event,
+                priority=self._priority,
             )
         except DeadlineUnreachableError:
             raise
@@ -174,6 +191,10 @@ class Exchange(ABC):
             raise DeadlineUnreachableError(str(error)) from error
         if self._paused:
             self._door.engine.pause(self._job_id)
+
+    @abstractmethod
+    def _start(self, request: Any, deadline: float | None) -> None:
+        """Understand the request and submit its job."""
 
     @abstractmethod
     def _finished(self, event: Finished) -> None:
@@ -194,12 +215,7 @@ _ONE_ANSWER: dict[str, tuple[Callable[..., Any], Callable[..., Message]]] = {
 class SingleExchange(Exchange):
     """Encode, Decode, DenoiseStep and Score: one answer, when all rows are done."""
 
-    def start(self, request: Any, deadline: float | None) -> None:
-        """Begin.
-
-        Raises:
-            ServingError: nothing was accepted.
-        """
+    def _start(self, request: Any, deadline: float | None) -> None:
         understand, self._answer = _ONE_ANSWER[self.account.method]
         plan = understand(request, self._servable(request.model), self._door.limits)
         if isinstance(plan, Diffusing):
@@ -222,12 +238,7 @@ class SingleExchange(Exchange):
 class SampleExchange(Exchange):
     """Sample: one `accepted`, then previews and results as they come."""
 
-    def start(self, request: generation_service_pb2.SampleRequest, deadline: float | None) -> None:
-        """Begin.
-
-        Raises:
-            ServingError: nothing was accepted.
-        """
+    def _start(self, request: generation_service_pb2.SampleRequest, deadline: float | None) -> None:
         servable = self._servable(request.model)
         self._plan: Sampling = resolve.sample(request, servable, self._door.fresh_seed(), self._door.limits)
         self._previews = Previews()
@@ -258,12 +269,8 @@ class LoopExchange(Exchange):
         self._ahead: deque[tuple[generation_service_pb2.TakeStep, float | None]] = deque()
         self._step: LoopStep | None = None  # under way
 
-    def start(self, request: generation_service_pb2.SampleRequest, deadline: float | None) -> None:
-        """Open the loop. Each of its steps has a deadline of its own.
-
-        Raises:
-            ServingError: nothing was opened.
-        """
+    def _start(self, request: generation_service_pb2.SampleRequest, deadline: float | None) -> None:
+        """Open the loop. Each of its steps has a deadline of its own."""
         del deadline  # opening takes no time
         if self._door.engine.draining:
             raise DrainingError

@@ -61,8 +61,9 @@ class ModelFailedError(ServingError):
 class OverloadedError(ServingError):
     """The backlog is full; nothing was accepted."""
 
-    def __init__(self, backlog: int, limit: int, retry_after_s: float) -> None:
-        super().__init__(f"the backlog holds {backlog} evaluations of at most {limit}")
+    def __init__(self, backlog: int, limit: int, retry_after_s: float, model: str = "") -> None:
+        of_what = f"the backlog of {model}" if model else "the backlog"
+        super().__init__(f"{of_what} holds {backlog} evaluations of at most {limit}")
         self.retry_after_s = retry_after_s
 
 

@@ -18,7 +18,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
-from latentd.names import CALLER_KEY, REQUEST_ID_KEY
+from latentd.names import CALLER_KEY, PRIORITY_KEY, REQUEST_ID_KEY
 
 from latentd_server import errors
 from latentd_server.accounts import Peer
@@ -53,14 +53,16 @@ class Tally:
 
 
 def peer_of(context: Context) -> Peer:
-    """Who calls: the name the caller gives, else its connection."""
-    caller = request_id = ""
+    """Who calls: the name the caller gives, else its connection; and what else its metadata say."""
+    caller = request_id = priority = ""
     for key, value in context.invocation_metadata() or ():
         if key == CALLER_KEY:
             caller = str(value)[:_MAX_HEADER]
         elif key == REQUEST_ID_KEY:
             request_id = str(value)[:_MAX_HEADER]
-    return Peer(caller or context.peer(), request_id)
+        elif key == PRIORITY_KEY:
+            priority = str(value)[:_MAX_HEADER]
+    return Peer(caller or context.peer(), request_id, priority)
 
 
 async def echo(context: Context, peer: Peer) -> None:

@@ -33,18 +33,20 @@ def of_metadata(text: str) -> Priority:
     if not text:
         return Priority.NORMAL
     if text not in PRIORITIES:
-        raise FieldsInvalidError([Violation(PRIORITY_KEY, f"must be one of {', '.join(PRIORITIES)}; got {text[:64]!r}")])
+        raise FieldsInvalidError(
+            [Violation(PRIORITY_KEY, f"must be one of {', '.join(PRIORITIES)}; got {text[:64]!r}")]
+        )
     return Priority[text.upper()]
 
 
-def of_field(value: int, unset: Priority) -> Priority:
-    """The class in a message's field; `unset` if it holds none.
+def of_field(value: int) -> Priority | None:
+    """The class in a message's field; None if it holds none.
 
     Raises:
         FieldsInvalidError: this version knows no such class.
     """
     if value == generation_service_pb2.PRIORITY_UNSPECIFIED:
-        return unset
+        return None
     if value not in _WEIGHTS:
         allowed = ", ".join(f"PRIORITY_{priority.name}" for priority in Priority)
         raise FieldsInvalidError([Violation("priority", f"must be one of {allowed}; got {value}")])

@@ -89,12 +89,6 @@ class Entry:
         return sum(cohort.count for cohort in self.cohorts) * self.rows_per_lane
 
     @property
-    def outstanding(self) -> int:
-        """Evaluations still to be run for its waiting lanes."""
-        steps = sum(cohort.count * (self.evaluation_count - cohort.position) for cohort in self.cohorts)
-        return steps * self.rows_per_lane
-
-    @property
     def is_over(self) -> bool:
         """Whether no lane is left to ride or riding."""
         return not self.cohorts and not self.riding
@@ -377,7 +371,9 @@ class Scheduler:
         if sum(wanted) <= rows:
             taken = sum(self._board(caller, rows, segments)[0] for caller in callers)
             return taken, taken
-        claims = [shares.Claim(caller.served, caller.weight, most) for caller, most in zip(callers, wanted, strict=True)]
+        claims = [
+            shares.Claim(caller.served, caller.weight, most) for caller, most in zip(callers, wanted, strict=True)
+        ]
         paid = [0] * len(callers)
         left = rows
         for index, share in enumerate(shares.divide(rows, claims)):
@@ -393,9 +389,7 @@ class Scheduler:
         flow.level = shares.settle(callers, wanted, paid, flow.level)
         return rows - left, first_round
 
-    def _board(
-        self, caller: _Caller, rows: int, segments: list[Segment], *, strictly: bool = False
-    ) -> tuple[int, int]:
+    def _board(self, caller: _Caller, rows: int, segments: list[Segment], *, strictly: bool = False) -> tuple[int, int]:
         """Seat a caller's lanes, oldest jobs first; where a lane does not fit, end (`strictly`) or pass over it."""
         left = rows
         paid: int | None = None

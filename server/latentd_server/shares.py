@@ -17,11 +17,27 @@ class Clock(Protocol):
 
 
 class Claim(NamedTuple):
-    """How far somebody's clock stands, how slow it runs, and how many rows it could use now."""
+    """How far somebody's clock stands, how slow it runs, and what it could use now."""
 
     served: float
     weight: float
-    wanted: int
+    wanted: float
+
+
+def level(rows: float, claims: Sequence[Claim]) -> float:
+    """The clock that everybody reaches who wants more, if rows are divisible."""
+    edges = [(claim.served, claim.weight) for claim in claims]
+    edges += [(claim.served + claim.wanted / claim.weight, -claim.weight) for claim in claims]
+    edges.sort()
+    clock, width, left = edges[0][0], 0.0, float(rows)
+    for point, change in edges:
+        poured = width * (point - clock)
+        if poured >= left:
+            return clock + left / width if width > 0 else clock
+        left -= poured
+        clock = point
+        width += change
+    return clock
 
 
 def divide(rows: int, claims: Sequence[Claim]) -> list[int]:
@@ -29,8 +45,8 @@ def divide(rows: int, claims: Sequence[Claim]) -> list[int]:
 
     Clocks of those who want more end together, up to one row; of what does not divide, who is behind gets the first.
     """
-    level = _level(rows, claims)
-    given = [min(c.wanted, max(0, int((level - c.served) * c.weight + 1e-9))) for c in claims]
+    reached = level(rows, claims)
+    given = [max(0, int(min(c.wanted, (reached - c.served) * c.weight + 1e-9))) for c in claims]
     left = rows - sum(given)
     if left > 0:
         hungry = [i for i, claim in enumerate(claims) if given[i] < claim.wanted]
@@ -38,22 +54,6 @@ def divide(rows: int, claims: Sequence[Claim]) -> list[int]:
         for i in hungry[:left]:
             given[i] += 1
     return given
-
-
-def _level(rows: int, claims: Sequence[Claim]) -> float:
-    """The clock that everybody reaches who wants more, were rows divisible."""
-    edges = [(claim.served, claim.weight) for claim in claims]
-    edges += [(claim.served + claim.wanted / claim.weight, -claim.weight) for claim in claims]
-    edges.sort()
-    level, width, left = edges[0][0], 0.0, float(rows)
-    for point, change in edges:
-        poured = width * (point - level)
-        if poured >= left:
-            return level + left / width if width > 0 else level
-        left -= poured
-        level = point
-        width += change
-    return level
 
 
 def settle(clocks: Sequence[Clock], wanted: Sequence[int], taken: Sequence[int], level: float) -> float:

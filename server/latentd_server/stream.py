@@ -33,6 +33,7 @@ from latentd_server.failures import (
     Violation,
 )
 from latentd_server.handling import Junk
+from latentd_server.priority import of_field
 
 OUTBOX_BYTES = 8 * 2**20
 """What may wait for a reader before the jobs it waits for sit out."""
@@ -142,7 +143,7 @@ class Session:
         exchange = self._open[request.id] = exchange_type(self._door, self._peer, method, reply)
         try:
             self._check_quota(request)
-            exchange.start(getattr(request, kind), self._deadline_of(request))
+            exchange.start(getattr(request, kind), self._deadline_of(request), of_field(request.priority))
         except Exception as error:
             reply.fail(error)
         else:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from latentd_server.job import CallJob, Cost, Event, Failed, Finished, Job, Preview, StepJob
+from latentd_server.priority import Priority
 
 SAMPLE = (1, 4, 4)
 
@@ -18,6 +19,7 @@ class Submitted:
     caller: str
     deadline: float | None
     sink: Callable[[Event], None]
+    priority: Priority
     paused: bool = False
 
 
@@ -35,12 +37,20 @@ class ManualEngine:
     def queue_depth(self) -> int:
         return len(self.jobs)
 
-    def submit(self, job: Job, *, caller: str, deadline: float | None, sink: Callable[[Event], None]) -> int:
+    def submit(
+        self,
+        job: Job,
+        *,
+        caller: str,
+        deadline: float | None,
+        sink: Callable[[Event], None],
+        priority: Priority = Priority.NORMAL,
+    ) -> int:
         if self.refusal is not None:
             raise self.refusal
         self.submitted.append(job)
         job_id = len(self.submitted)
-        self.jobs[job_id] = Submitted(job, caller, deadline, sink)
+        self.jobs[job_id] = Submitted(job, caller, deadline, sink, priority)
         return job_id
 
     def cancel(self, job_id: int) -> None:

@@ -142,7 +142,7 @@ def test_help_tells_every_flag_its_variable_its_unit_and_its_default(tmp_path: P
     assert done.returncode == 0
     text = re.sub(r"\s+", " ", done.stdout)
     for key, field in Config.model_fields.items():
-        default = "none" if field.default == "" else field.default
+        default = "none" if field.default in ("", {}) else field.default
         assert f"--{key.replace('_', '-')} " in text
         assert f"{field.description} (LATENTD_{key.upper()}; default: {default})" in text
         assert field.description

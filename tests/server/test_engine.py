@@ -27,8 +27,9 @@ from latentd_server.job import CallJob, Event, Failed, Finished, Job, Noise, Pre
 from latentd_server.metrics import Metrics
 from latentd_server.models import Registry
 from latentd_server.noise import Purpose
-from latentd_server.runners import Outcome, StepRunner
+from latentd_server.runners import Outcome
 from latentd_server.runtime import Device
+from latentd_server.step_runner import StepRunner
 
 MAX_ROWS = 8
 
@@ -269,7 +270,7 @@ async def test_one_slow_call_does_not_refuse_everybody_for_ever(root: Path) -> N
     registry = Registry(root, engine, Device("cpu"), threads=1, max_rows=MAX_ROWS)
     await registry.load_all()
     bench = Bench(engine, registry, Metrics())
-    await bench.result(bench.steps("ddim", 1))  # takes a second by this clock, as on a machine that is busy otherwise
+    await bench.result(bench.steps("ddim", 2))  # a second each by this clock, as on a machine that is busy otherwise
     per_call[0] = 0.0
     with pytest.raises(DeadlineUnreachableError):
         engine.submit(bench.steps("ddim", 50), caller="x", deadline=now[0] + 2, sink=lambda event: None)
@@ -394,10 +395,20 @@ class Saboteur:
     def __init__(self, inner: StepRunner, bad_seed: int) -> None:
         self.inner, self.bad_seed = inner, bad_seed
 
-    def run(self, segments: Sequence[Any]) -> list[Outcome]:
-        if any(segment.entry.job.seed == self.bad_seed for segment in segments):
+    def warm(self) -> None:
+        self.inner.warm()
+
+    def prepare(self, segments: Sequence[Any]) -> tuple[Any, bool]:
+        return self.inner.prepare(segments), any(segment.entry.job.seed == self.bad_seed for segment in segments)
+
+    def run(self, prepared: tuple[Any, bool]) -> Any:
+        call, bad = prepared
+        if bad:
             raise RuntimeError("Non-zero status code returned while running Gather node")
-        return self.inner.run(segments)
+        return self.inner.run(call)
+
+    def finish(self, prepared: tuple[Any, bool], results: Any) -> list[Outcome]:
+        return self.inner.finish(prepared[0], results)
 
     def padded(self, rows: int) -> int:
         return self.inner.padded(rows)

@@ -1,0 +1,321 @@
+"""The door: may this job in, and when would it be done? Pure: time is an argument; the engine holds a lock around it.
+
+Work is counted in evaluations that were accepted and are not yet run: a 50-step sample is fifty times a decode. The
+server, every model and every caller have a bound. A deadline is refused at once if the job cannot be done in time:
+
+* alone, by the fastest calls that were measured: its steps follow one another, and so do its batches;
+* among others, by typical calls, as `scheduler.py` shares: behind the caller's own work, beside everybody else's.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+from latentd_server import shares
+from latentd_server.failures import DeadlineUnreachableError, OverloadedError, QuotaExceededError
+from latentd_server.job import Job
+from latentd_server.priority import Priority
+from latentd_server.scheduler import Arrival, Batch, GraphKey, graph_key
+from latentd_server.step_costs import DrainRates, StepCosts
+
+_MARGIN = 1.1
+"""Of an estimate among others, since a job at the very edge of its deadline misses it every other time."""
+_SHORTEST_RETRY_S, _LONGEST_RETRY_S, _UNKNOWN_RETRY_S = 0.05, 30.0, 1.0
+_LOOKED_AT = 256
+"""Callers of a flow that an estimate looks at; the rest are taken to be like them."""
+
+
+class Bounds(NamedTuple):
+    """Evaluations that may be accepted and not yet run. Who has none outstanding may always bring one job."""
+
+    server: int
+    model: int
+    caller: int
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """What one caller has outstanding in one flow. A lane's rows count as often as it takes steps, and so on."""
+
+    weight: float
+    flow: "_Flow"
+    jobs: int = 0
+    rows: int = 0  # of lanes that are not done
+    evaluations: int = 0  # not yet run
+    steps: int = 0  # rows by the steps of their whole walks
+    squares: int = 0  # rows by the squares of these
+
+    @property
+    def mean_left(self) -> float:
+        """Steps that a lane under way has left on average: long walks are met more often, half done."""
+        return self.squares / (2 * self.steps) if self.steps else 0.0
+
+    def add(self, rows: int, steps: int, evaluations: int) -> None:
+        """Count lanes of so many rows in, or out."""
+        self.rows += rows
+        self.steps += rows * steps
+        self.squares += rows * steps**2
+        self.evaluations += evaluations
+        self.flow.rows += rows
+        self.flow.evaluations += evaluations
+
+
+@dataclass(slots=True, eq=False)
+class _Flow:
+    """What all callers of one priority class have outstanding on one graph."""
+
+    rows: int = 0
+    evaluations: int = 0
+    lines: dict[str, _Line] = field(default_factory=dict)  # by caller; none without jobs
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """What is left of an accepted job."""
+
+    key: GraphKey
+    caller: str
+    line: _Line
+    steps: int
+    rows: int
+    evaluations: int
+    paused: bool = False  # and counted in no line, for it keeps nobody waiting
+
+
+@dataclass(slots=True, eq=False)
+class _Promises:
+    """What refused callers were told to come back with."""
+
+    evaluations: float = 0.0
+    told_s: float = 0.0
+
+    def wait_s(self, excess: int, evaluations: int, per_s: float, now_s: float) -> float:
+        """When `excess` will have drained, and what was promised before; makes one more promise."""
+        if not per_s:
+            return _UNKNOWN_RETRY_S
+        self.evaluations = max(0.0, self.evaluations - per_s * (now_s - self.told_s))
+        self.told_s = now_s
+        wait_s = (excess + self.evaluations) / per_s
+        if wait_s < _LONGEST_RETRY_S:
+            self.evaluations += evaluations
+        return min(_LONGEST_RETRY_S, max(_SHORTEST_RETRY_S, wait_s))
+
+
+class Admission:
+    """The door's books: what is outstanding, and what calls cost."""
+
+    def __init__(self, bounds: Bounds, max_rows: int, caller_weights: Mapping[str, float] | None = None) -> None:
+        """`max_rows` and `caller_weights` are the scheduler's."""
+        self._bounds = bounds
+        self._max_rows = max_rows
+        self._caller_weights = dict(caller_weights or {})
+        self._tickets: dict[int, _Ticket] = {}
+        self._flows: dict[GraphKey, dict[Priority, _Flow]] = {}  # those with jobs
+        self._by_model: dict[str, int] = {}
+        self._by_caller: dict[str, int] = {}
+        self._costs: dict[GraphKey, StepCosts] = {}
+        self._rates = DrainRates()
+        self._promises: dict[str, _Promises] = {}  # by model; "" is the server
+        self.backlog = 0  # evaluations accepted and not yet run
+
+    def admit(
+        self, job_id: int, job: Job, caller: str, priority: Priority, now_s: float, deadline_s: float | None
+    ) -> None:
+        """Let a job in.
+
+        Raises:
+            QuotaExceededError: the caller has too much outstanding.
+            OverloadedError: the server or the model has; says when there will be room.
+            DeadlineUnreachableError: it would not be done in time; says when it would be.
+        """
+        if deadline_s is not None and deadline_s <= now_s:
+            raise DeadlineUnreachableError("the deadline has passed before the request was admitted", 0.0)
+        evaluations = job.lane_count * job.evaluations_per_lane
+        self._check_bounds(job, caller, evaluations, now_s)
+        if deadline_s is not None:
+            self._check_reachable(job, caller, priority, now_s, deadline_s - now_s)
+        key = graph_key(job)
+        flow = self._flows.setdefault(key, {}).setdefault(priority, _Flow())
+        line = flow.lines.setdefault(caller, _Line(self._weight(caller), flow))
+        ticket = _Ticket(key, caller, line, _steps(job), job.lane_count * job.rows_per_lane, evaluations)
+        self._tickets[job_id] = ticket
+        line.jobs += 1
+        line.add(ticket.rows, ticket.steps, evaluations)
+        self._count(ticket, evaluations)
+
+    def ran(self, batch: Batch, arrivals: list[Arrival], size: int, seconds: float, now_s: float) -> None:
+        """Learn of a batch: what is done of whose work, and what a call of `size` rows took."""
+        for arrival in arrivals:
+            ticket = self._tickets.get(arrival.segment.entry.job_id)
+            if ticket is None:
+                continue  # given up while it rode
+            rows = arrival.segment.rows
+            done = rows if arrival.done else 0
+            ticket.rows -= done
+            ticket.evaluations -= rows
+            if not ticket.paused:
+                ticket.line.add(-done, ticket.steps, -rows)
+            self._count(ticket, -rows)
+        self._costs.setdefault(batch.key, StepCosts()).timed(size, seconds, now_s)
+        self._rates.ran(batch.key[0], batch.rows, seconds)
+
+    def pause(self, job_id: int, paused: bool) -> None:
+        """Learn that a job sits out, or rides again. Its work stays outstanding."""
+        ticket = self._tickets.get(job_id)
+        if ticket is not None and ticket.paused != paused:
+            ticket.paused = paused
+            sign = -1 if paused else 1
+            ticket.line.add(sign * ticket.rows, ticket.steps, sign * ticket.evaluations)
+
+    def ended(self, job_id: int) -> None:
+        """Forget a job, finished or not."""
+        ticket = self._tickets.pop(job_id, None)
+        if ticket is None:
+            return
+        line, flows = ticket.line, self._flows[ticket.key]
+        if not ticket.paused:
+            line.add(-ticket.rows, ticket.steps, -ticket.evaluations)
+        self._count(ticket, -ticket.evaluations)
+        line.jobs -= 1
+        if not line.jobs:
+            del line.flow.lines[ticket.caller]
+            for priority in [priority for priority, flow in flows.items() if not flow.lines]:
+                del flows[priority]
+            if not flows:
+                del self._flows[ticket.key]
+
+    def forget_model(self, model: str) -> None:
+        """Forget what the graphs of a model cost; its last job must be over."""
+        for key in [key for key in self._costs if key[0] == model]:
+            del self._costs[key]
+        self._promises.pop(model, None)
+        self._rates.rows.pop(model, None)
+
+    def _weight(self, caller: str) -> float:
+        return self._caller_weights.get(caller, 1.0)
+
+    def _count(self, ticket: _Ticket, change: int) -> None:
+        self.backlog += change
+        for book, name in ((self._by_model, ticket.key[0]), (self._by_caller, ticket.caller)):
+            left = book.get(name, 0) + change
+            if left:
+                book[name] = left
+            else:
+                book.pop(name, None)
+
+    def _check_bounds(self, job: Job, caller: str, evaluations: int, now_s: float) -> None:
+        held, bound = self._by_caller.get(caller, 0), self._bounds.caller
+        if held and held + evaluations > bound:
+            text = f"a caller may have {bound} evaluations outstanding; this one has {held} and asks for {evaluations}"
+            raise QuotaExceededError(f"caller:{caller}", text)
+        held_of_model = self._by_model.get(job.model, 0)
+        for model, held, bound in (
+            ("", self.backlog, self._bounds.server),
+            (job.model, held_of_model, self._bounds.model),
+        ):
+            if held and held + evaluations > bound:
+                excess = min(held, held + evaluations - bound)
+                promises = self._promises.setdefault(model, _Promises(told_s=now_s))
+                retry_s = promises.wait_s(excess, evaluations, self._rates.per_s(model), now_s)
+                raise OverloadedError(held, bound, retry_s, model)
+
+    def _check_reachable(self, job: Job, caller: str, priority: Priority, now_s: float, left_s: float) -> None:
+        costs = self._costs.get(graph_key(job))
+        if costs is None or not costs.is_fresh(now_s):
+            return
+        steps, rows = _steps(job), job.lane_count * job.rows_per_lane
+        batches = max(steps, -(-rows * steps // self._max_rows))
+        alone_s = batches * costs.least(min(rows, self._max_rows), now_s)
+        if alone_s > left_s:
+            text = f"{batches} evaluations one after another take {alone_s:.3g} s or more; {left_s:.3g} s are left"
+            raise DeadlineUnreachableError(text, alone_s)
+        estimate_s = self.estimate_s(job, caller, priority, now_s)
+        if estimate_s > left_s:
+            text = f"among the work of others it would take about {estimate_s:.3g} s; {left_s:.3g} s are left"
+            raise DeadlineUnreachableError(text, estimate_s)
+
+    def estimate_s(self, job: Job, caller: str, priority: Priority, now_s: float) -> float:
+        """Seconds until a job would be done if it were let in now and nobody came after it.
+
+        Where everything fits into one batch it is a lower bound. Else it is a fluid model of the scheduler: lanes
+        take seats by weight, and nobody is given more than is outstanding; with a margin.
+        """
+        key = graph_key(job)
+        costs = self._costs.get(key, StepCosts())
+        steps, rows = _steps(job), job.lane_count * job.rows_per_lane
+        demand = rows + sum(flow.rows for flow in self._flows.get(key, {}).values())
+        if demand <= self._max_rows:
+            own_s = steps * costs.least(demand, now_s)
+            return own_s + self._elsewhere_s(key, priority, own_s)
+        seats, ahead = self._seats(key, caller, priority, rows)
+        start = min(ahead / seats, self._beside(key, caller, priority, ahead))
+        walk = max(float(steps), min(rows * steps / seats, self._beside(key, caller, priority, rows * steps)))
+        own_s = (start + walk) * costs.typical(self._max_rows)
+        return _MARGIN * (own_s + self._elsewhere_s(key, priority, own_s))
+
+    def _class_weights(self, key: GraphKey, priority: Priority) -> dict[tuple[GraphKey, Priority], float]:
+        """What each flow weighs against the others, the one that is asked for among them."""
+        active = {(graph, one) for graph, flows in self._flows.items() for one in flows} | {(key, priority)}
+        graphs = Counter(one for _, one in active)
+        return {(graph, one): one.weight / graphs[one] for graph, one in active}
+
+    def _seats(self, key: GraphKey, caller: str, priority: Priority, rows: int) -> tuple[float, float]:
+        """Rows of a batch that a caller would get with `rows` more, and evaluations it has to run before those ride."""
+        flows, weights = self._flows.get(key, {}), self._class_weights(key, priority)
+        claims = {one: shares.Claim(0.0, weights[key, one], flow.rows) for one, flow in flows.items()}
+        mine = flows.get(priority) or _Flow()
+        claims[priority] = shares.Claim(0.0, weights[key, priority], mine.rows + rows)
+        share = _share(self._max_rows, claims[priority], [c for one, c in claims.items() if one != priority])
+        line = mine.lines.get(caller) or _Line(self._weight(caller), mine)
+        others, scale = _others(mine, caller)
+        own = shares.Claim(0.0, line.weight, line.rows + rows)
+        seats = _share(share, own, [shares.Claim(0.0, scale * o.weight, scale * o.rows) for o in others])
+        if seats >= own.wanted:
+            return seats, 0.0
+        return seats, max(0.0, line.evaluations - min(seats, line.rows) * line.mean_left)
+
+    def _beside(self, key: GraphKey, caller: str, priority: Priority, evaluations: float) -> float:
+        """Batches in which a caller gets so many evaluations while the others on its graph get theirs."""
+        flows, weights = self._flows.get(key, {}), self._class_weights(key, priority)
+        total = evaluations
+        if priority in flows:
+            others, scale = _others(flows[priority], caller)
+            pace = evaluations / self._weight(caller)
+            total += scale * sum(min(other.evaluations, pace * other.weight) for other in others)
+        pace = total / weights[key, priority]
+        total += sum(min(flow.evaluations, pace * weights[key, one]) for one, flow in flows.items() if one != priority)
+        return total / self._max_rows
+
+    def _elsewhere_s(self, key: GraphKey, priority: Priority, own_s: float) -> float:
+        """Seconds that other graphs get of the device while this one gets `own_s`."""
+        if not self._flows.keys() - {key}:
+            return 0.0
+        weights = self._class_weights(key, priority)
+        pace = own_s / sum(weight for (graph, _), weight in weights.items() if graph == key)
+        total = 0.0
+        for graph, flows in self._flows.items():
+            rows = min(self._max_rows, sum(flow.rows for flow in flows.values()))
+            if graph != key and graph in self._costs and rows:
+                evaluation_s = self._costs[graph].typical(rows) / rows
+                for one, flow in flows.items():
+                    total += min(flow.evaluations * evaluation_s, pace * weights[graph, one])
+        return total
+
+
+def _steps(job: Job) -> int:
+    """Evaluations of a lane that follow one another."""
+    return job.evaluations_per_lane // job.rows_per_lane
+
+
+def _others(flow: _Flow, caller: str) -> tuple[list[_Line], float]:
+    """Other callers of a flow, as many as are looked at, and how many each of them stands for."""
+    count = len(flow.lines) - (caller in flow.lines)
+    others = list(islice((line for name, line in flow.lines.items() if name != caller), _LOOKED_AT))
+    return others, count / len(others) if others else 1.0
+
+
+def _share(rows: float, mine: shares.Claim, others: list[shares.Claim]) -> float:
+    """What one of several gets of so many rows."""
+    return min(mine.wanted, mine.weight * shares.level(rows, [mine, *others]))
