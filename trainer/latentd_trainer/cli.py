@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from latentd_trainer.families import FAMILIES, load_family, parse_settings, preset_settings
+from latentd_trainer.importers import commands as import_commands
+from latentd_trainer.terminal import console, errors, fail
 
 if TYPE_CHECKING:
     from latentd_trainer.checkpoint import RunRecord
@@ -24,16 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console()
-errors = Console(stderr=True)
-
+app.add_typer(import_commands.app, name="import")
 LARGEST_SEED = 2**63 - 1
 FamilyName = Annotated[str, typer.Argument(metavar="FAMILY", help=f"One of {', '.join(FAMILIES)}.")]
-
-
-def _fail(message: object, status: int) -> NoReturn:
-    errors.print(f"latentd-train: {message}", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(status)
 
 
 @app.command()
@@ -108,11 +102,11 @@ def fit(
             display=Display(console),
         )
     except ValueError as error:
-        _fail(error, 2)
+        fail(error, 2)
     except (train.TrainingError, checkpoint.CheckpointError) as error:
-        _fail(error, 1)
+        fail(error, 1)
     except train.InterruptedTraining as stopped:
-        _fail(stopped, stopped.exit_status)
+        fail(stopped, stopped.exit_status)
     if shard.rank() == 0:
         console.print(
             f"{out}: {record.family} trained for {record.settings['steps']} steps", markup=False, soft_wrap=True
@@ -132,7 +126,7 @@ def list_settings(
         kind = load_family(family)
         changed = {} if preset is None else preset_settings(kind, preset)
     except ValueError as error:
-        _fail(error, 2)
+        fail(error, 2)
     table = Table("setting", "default" if preset is None else preset, "what it is")
     for entry in dataclasses.fields(kind.config_type):
         table.add_row(entry.name, changed.get(entry.name, str(entry.default)), entry.metadata["help"])
@@ -162,7 +156,7 @@ def export(
     try:
         directory = exporter.run(run, models=models, name=name, version=version, license=license_, replace=replace)
     except (BundleError, CheckpointError, GraphError, OSError) as error:
-        _fail(error, 1)
+        fail(error, 1)
     console.print(directory, markup=False, soft_wrap=True)
 
 
@@ -183,9 +177,9 @@ def evaluate(
     try:
         status = evaluator.run(bundle, data=data, out=out, seed=seed, bars=bars, threads=threads, console=console)
     except DataError as error:
-        _fail(error, 2)
+        fail(error, 2)
     except (BundleError, evaluator.EvaluationError, OSError) as error:
-        _fail(error, 1)
+        fail(error, 1)
     raise typer.Exit(status)
 
 

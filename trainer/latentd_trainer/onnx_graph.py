@@ -70,7 +70,7 @@ def to_onnx(graph: Graph, example: Mapping[str, NDArray[Any]], opset: int = OPSE
         raise GraphError(f"cannot be exported with inputs {describe(example)}: {error}") from error
     assert program is not None  # it is None only for exports straight to a file
     model = program.model_proto
-    _strip(model)
+    strip(model)
     return model
 
 
@@ -100,16 +100,27 @@ def graph_violations(model: onnx.ModelProto, network: bundle_pb2.Network) -> lis
         found.append(f"onnx.checker: {error}")
     found += _interface_violations("input", model.graph.input, [(entry.name, entry.spec) for entry in network.inputs])
     found += _interface_violations("output", model.graph.output, [(out.name, out.spec) for out in network.outputs])
-    nodes = list(_nodes(model.graph)) + [node for function in model.functions for node in function.node]
-    random = sorted({node.op_type for node in nodes} & _RANDOM_OPERATORS)
+    return found + content_violations(model)
+
+
+def content_violations(model: onnx.ModelProto) -> list[str]:
+    """Everything inside an ONNX graph, whatever its inputs and outputs are, that could not be served."""
+    found = []
+    everything = list(nodes(model.graph)) + [node for function in model.functions for node in function.node]
+    random = sorted({node.op_type for node in everything} & _RANDOM_OPERATORS)
     if random:
         found.append(f"draws noise with {', '.join(random)}; noise must come in by inputs")
-    domains = sorted({node.domain for node in nodes} - {"", "ai.onnx"})
+    domains = sorted({node.domain for node in everything} - {"", "ai.onnx"})
     if domains:
         found.append(f"uses operators of {', '.join(domains)}; only the default domain is allowed")
+    if model.functions:
+        found.append("defines functions of its own; onnx.inliner.inline_local_functions puts them in their places")
     external = [tensor.name for tensor in _tensors(model.graph) if tensor.data_location == onnx.TensorProto.EXTERNAL]
     if external:
-        found.append(f"keeps {', '.join(external[:3])} in other files; the weights must be inside")
+        found.append(
+            f"keeps {', '.join(external[:3])} in other files; the weights must be inside: onnx.load reads them, and "
+            "onnx.save with save_as_external_data=False writes one file"
+        )
     if any(_texts(model)):
         found.append("carries metadata or doc strings, where exporters leave paths of the machine they ran on")
     return found
@@ -137,8 +148,17 @@ def _interface_violations(
     return found
 
 
-def _strip(model: onnx.ModelProto) -> None:
-    """Remove what says where and how the graph was made; the exporter notes source paths and code on every node."""
+def set_shape(value: onnx.ValueInfoProto, shape: Sequence[int]) -> None:
+    """Write, in place, into an input or output that it is of shape [BATCH, *shape]."""
+    axes = value.type.tensor_type.shape.dim
+    del axes[:]
+    axes.add().dim_param = BATCH
+    for extent in shape:
+        axes.add().dim_value = extent
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Remove, in place, what says where and how the graph was made; exporters note source paths and code on nodes."""
     model.producer_name = "latentd-train"
     model.producer_version = __version__
     for message in _carriers(model):
@@ -171,7 +191,8 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _graphs(inner)
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Every node of a graph and of the graphs inside it."""
     return (node for inner in _graphs(graph) for node in inner.node)
 
 

@@ -1,5 +1,8 @@
 """An ONNX graph in the place of a torch module, so that both are checked and packed alike."""
 
+from collections.abc import Sequence
+from typing import Self
+
 import onnx
 import torch
 from torch import Tensor, nn
@@ -25,3 +28,11 @@ class OnnxModule(nn.Module):
         """See the class."""
         feeds = {name: tensor.numpy() for name, tensor in zip(self._names, inputs, strict=True)}
         return tuple(torch.from_numpy(array) for array in parity.run_onnx(self._session, feeds))
+
+    def with_output_shapes(self, shapes: Sequence[Sequence[int]]) -> Self:
+        """The same graph with the shapes of its outputs, without the batch axis, written into it."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        for value, shape in zip(model.graph.output, shapes, strict=True):
+            onnx_graph.set_shape(value, shape)
+        return type(self)(model)

@@ -1,0 +1,234 @@
+"""The YAML file that says what a model's graphs are: read and checked, every problem at once with its path."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Generic, Self, TypeVar
+
+import numpy as np
+import yaml
+from latentd import names
+from latentd.v1 import model_pb2
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from latentd_trainer.contract import schedule_violations
+from latentd_trainer.importers import ImportingError, noise_schedules
+from latentd_trainer.importers.words import Family, Meaning, Method, Prediction, Role, Sampler, Source
+from latentd_trainer.spec import Role as Roles
+from latentd_trainer.spec import Source as Sources
+
+_Method = model_pb2.Model
+_METHODS_OF_ROLE = {
+    Roles.ROLE_DECODER: (_Method.METHOD_SAMPLE, _Method.METHOD_DECODE),
+    Roles.ROLE_ENCODER: (_Method.METHOD_ENCODE,),
+    Roles.ROLE_SCORER: (_Method.METHOD_SCORE,),
+    Roles.ROLE_DENOISER: (
+        _Method.METHOD_SAMPLE,
+        _Method.METHOD_ENCODE,
+        _Method.METHOD_DECODE,
+        _Method.METHOD_DENOISE,
+    ),
+}
+_DEFAULT_STEP_COUNT = 50
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Input(_Part):
+    """Where one input of a graph comes from. In a file `z: latent` is short for `z: {source: latent}`."""
+
+    source: Source
+    shape: tuple[PositiveInt, ...] | None = None  # without the batch axis; what the graph says if not given
+
+
+def _short_input(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+class GraphEntry(_Part):
+    """The inputs and outputs of one graph, whatever it is kept in."""
+
+    inputs: dict[str, Annotated[Input, BeforeValidator(_short_input)]] = Field(min_length=1)
+    outputs: dict[str, Meaning] = Field(min_length=1)
+
+
+class OnnxEntry(GraphEntry):
+    """A graph in an ONNX file, beside the model file."""
+
+    file: Path
+
+
+class TorchEntry(GraphEntry):
+    """A graph that a function or a class makes: `package.module:name`, called with `arguments`."""
+
+    module: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+    arguments: dict[str, Any] = {}
+    weights: Path | None = None  # safetensors, or .pt read as weights only; beside the model file
+
+
+class SampleSpec(_Part):
+    """One sample."""
+
+    range: tuple[float, float] = (-1.0, 1.0)
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None  # [C, H, W]; what the graphs say if not given
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.range[0] < self.range[1]:
+            raise ValueError(f"range must rise, got {list(self.range)}")
+        return self
+
+
+class Schedule(_Part):
+    """abar by timestep, least noisy first: by name, or as a list of betas or of abar themselves."""
+
+    kind: str | None = None
+    timesteps: int = Field(default=1000, ge=1, le=100_000)
+    beta_start: float = Field(default=1e-4, gt=0, lt=1)
+    beta_end: float = Field(default=0.02, gt=0, lt=1)
+    betas: tuple[float, ...] | None = None
+    alphas_cumprod: tuple[float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        given = [name for name in ("kind", "betas", "alphas_cumprod") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"must have exactly one of kind, betas, alphas_cumprod; got {', '.join(given) or 'none'}")
+        if self.kind is not None and self.kind not in noise_schedules.KINDS:
+            raise ValueError(f"kind must be one of {', '.join(noise_schedules.KINDS)}; got {self.kind!r}")
+        values = self.betas or self.alphas_cumprod or (0.5,)
+        if not all(0 <= value <= 1 for value in values):
+            raise ValueError("every value must be from 0 to 1")
+        return self
+
+    def cumulative(self) -> NDArray[np.float64]:
+        """The abar, [T] f64."""
+        if self.alphas_cumprod is not None:
+            return np.array(self.alphas_cumprod, dtype=np.float64)
+        if self.kind is not None:
+            betas = noise_schedules.betas(self.kind, self.timesteps, self.beta_start, self.beta_end)
+        else:
+            betas = np.array(self.betas, dtype=np.float64)
+        return noise_schedules.cumulative(betas)
+
+
+class Diffusion(_Part):
+    """How a denoiser is walked with."""
+
+    prediction: Prediction
+    schedule: Schedule
+    samplers: tuple[Sampler, ...] = names.SAMPLERS  # the first is the default
+    clip: bool = False  # estimates of x0 to the range of samples
+    steps: PositiveInt = _DEFAULT_STEP_COUNT
+    guidance: bool = False  # whether label -1 is the network without a label
+
+    @model_validator(mode="after")
+    def _servable(self) -> Self:
+        if violations := schedule_violations(self.spec()):
+            raise ValueError("the schedule cannot be walked along: " + "; ".join(violations))
+        return self
+
+    def spec(self) -> model_pb2.DiffusionSpec:
+        """What a bundle says of it."""
+        cumulative = self.schedule.cumulative()
+        spec = model_pb2.DiffusionSpec(
+            samplers=self.samplers,
+            prediction=self.prediction,
+            clip_denoised=self.clip,
+            default_step_count=min(self.steps, len(cumulative)),
+            guidance_supported=self.guidance,
+        )
+        return noise_schedules.with_levels(spec, cumulative)
+
+
+def _class_name(value: Any) -> Any:
+    # YAML reads `no`, `off` and `y` as truth values, which nobody means as names.
+    if isinstance(value, bool):
+        raise ValueError("must be a text; YAML reads words like yes and no as truth values, so put it in quotes")
+    return str(value) if isinstance(value, int) else value
+
+
+Entry = TypeVar("Entry", bound=GraphEntry)
+
+
+class ModelFile(_Part, Generic[Entry]):
+    """Everything that a model file says."""
+
+    name: str
+    family: Family
+    graphs: dict[Role, Entry] = Field(min_length=1)
+    sample: SampleSpec = SampleSpec()
+    classes: tuple[Annotated[str, BeforeValidator(_class_name)], ...] = ()
+    class_probabilities: tuple[float, ...] = ()
+    methods: tuple[Method, ...] = ()  # what the graphs can answer if not given
+    diffusion: Diffusion | None = None
+    description: str = ""
+    license: str = "NOASSERTION"  # SPDX's word for unknown
+    dataset: str = ""
+    reference: str = ""  # the paper's address
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        problems = []
+        if not names.is_name(self.name):
+            problems.append(f"name {self.name!r} must match {names.NAME_PATTERN}, as my-vae does")
+        if (Roles.ROLE_DENOISER in self.graphs) != (self.diffusion is not None):
+            problems.append("a denoiser and `diffusion` must come together")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def answered_methods(self) -> tuple[Method, ...]:
+        """The methods that were asked for, or all that the graphs can answer."""
+        if self.methods:
+            return self.methods
+        decoder = self.graphs.get(Roles.ROLE_DECODER)
+        no_latents = decoder is not None and all(
+            entry.source != Sources.SOURCE_LATENT for entry in decoder.inputs.values()
+        )
+        able = {method for role in self.graphs for method in _METHODS_OF_ROLE[role]}
+        return tuple(sorted(able - ({_Method.METHOD_DECODE} if no_latents else set())))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without objects, and without keys that stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+Whole = TypeVar("Whole", bound=BaseModel)
+
+
+def read(path: Path, schema: type[Whole]) -> Whole:
+    """Read a model file.
+
+    Raises:
+        ImportingError: it cannot be read or is not what it must be; the message lists every problem by its path.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # derives from SafeLoader
+    except OSError as error:
+        raise ImportingError(f"{path}: cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ImportingError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ImportingError(f"{path}: must be a mapping with name, family and graphs at least")
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        problems = "\n".join(f"- {_described(each)}" for each in error.errors())
+        raise ImportingError(f"{path}:\n{problems}") from error
+
+
+def _described(error: Any) -> str:
+    """`graphs.decoder.inputs.z.source: must be one of ...`."""
+    path = ".".join(str(part) for part in error["loc"] if part != "[key]")
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{path}: {message}" if path else message
