@@ -1,11 +1,17 @@
 """One call a lane, for graphs whose rows see each other: slower, and the same bytes whatever else is asked for."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from latentd_server.runners import Outcome, Runner
 from latentd_server.scheduler import Cohort, Segment
+
+_Key = tuple[int, int, int]
+"""Job, lane and evaluation."""
+_Calls = list[list[tuple[_Key, Any]]]
+"""By segment and lane: what the inner runner prepared."""
 
 
 class Alone:
@@ -13,8 +19,12 @@ class Alone:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        # By job, lane and evaluation. Lanes that were done when another failed must not take their step again.
-        self._done: dict[tuple[int, int, int], Outcome] = {}
+        # Calls that were made. Lanes that were done when another failed must not take their step again.
+        self._done: dict[_Key, tuple[Any, Any]] = {}
+
+    def warm(self) -> None:
+        """See `runners.Runner`."""
+        self._runner.warm()
 
     def padded(self, rows: int) -> int:
         """No call is padded."""
@@ -22,30 +32,40 @@ class Alone:
 
     def forget(self, job_id: int) -> None:
         """Drop what is kept for a job."""
-        self._done = {key: outcome for key, outcome in self._done.items() if key[0] != job_id}
+        for key in list(self._done):
+            if key[0] == job_id:
+                self._done.pop(key, None)
         self._runner.forget(job_id)
 
-    def run(self, segments: Sequence[Segment]) -> list[Outcome]:
-        """Evaluate the segments lane by lane; what is done is forgotten once all of them are."""
-        outcomes = [self._run(segment) for segment in segments]
-        for segment in segments:
-            for key in _keys(segment):
-                del self._done[key]
-        return outcomes
+    def prepare(self, segments: Sequence[Segment]) -> _Calls:
+        """A call for every lane."""
+        return [[(key, self._runner.prepare([rider])) for key, rider in _riders(segment)] for segment in segments]
 
-    def _run(self, segment: Segment) -> Outcome:
-        keys = _keys(segment)
-        for key in keys:
-            if key not in self._done:
-                lane = Cohort(key[1], key[1] + 1, segment.cohort.position)
-                rider = Segment(segment.entry, lane, 1, segment.entry.rows_per_lane)
-                [self._done[key]] = self._runner.run([rider])
-        return _together([self._done[key] for key in keys])
+    def run(self, prepared: _Calls) -> dict[_Key, tuple[Any, Any]]:
+        """Make the calls one by one; those that were made before another one failed are not made again."""
+        for riders in prepared:
+            for key, call in riders:
+                if key not in self._done:
+                    self._done[key] = call, self._runner.run(call)
+        return {key: self._done[key] for riders in prepared for key, _ in riders}
+
+    def finish(self, prepared: _Calls, results: dict[_Key, tuple[Any, Any]]) -> list[Outcome]:
+        """One outcome a segment; what is done is forgotten with it."""
+        for key in results:
+            self._done.pop(key, None)
+        return [_together([self._runner.finish(*results[key])[0] for key, _ in riders]) for riders in prepared]
 
 
-def _keys(segment: Segment) -> list[tuple[int, int, int]]:
-    cohort = segment.cohort
-    return [(segment.entry.job_id, lane, cohort.position) for lane in range(cohort.start, cohort.stop)]
+def _riders(segment: Segment) -> list[tuple[_Key, Segment]]:
+    """A segment for each lane."""
+    entry, cohort = segment.entry, segment.cohort
+    return [
+        (
+            (entry.job_id, lane, cohort.position),
+            Segment(entry, Cohort(lane, lane + 1, cohort.position), 1, entry.rows_per_lane),
+        )
+        for lane in range(cohort.start, cohort.start + segment.count)
+    ]
 
 
 def _together(outcomes: Sequence[Outcome]) -> Outcome:

@@ -33,7 +33,7 @@ def conditions(digest: str, device: Device, threads: int) -> dict[str, str]:
         "provider": device.provider,
         "processor": _processor() if device.kind == "cpu" else _gpu(device.index),
         "threads": str(threads),
-    }
+    } | ({"settings": repr(device.cuda)} if device.kind == "cuda" else {})
 
 
 def determinism_class(

@@ -23,7 +23,7 @@ from latentd_server.failures import DeadlineError, DrainingError, RuntimeFailure
 from latentd_server.job import Event, Failed, Finished, Job, Preview, StepJob
 from latentd_server.points import Points
 from latentd_server.priority import Priority
-from latentd_server.runners import Outcome, Runner
+from latentd_server.runners import Outcome, Runner, evaluate
 from latentd_server.scheduler import Arrival, Batch, Entry, GraphKey, Scheduler
 
 Sink = Callable[[Event], None]
@@ -172,7 +172,7 @@ class Engine:
 
     def attach(self, runners: dict[GraphKey, Runner]) -> None:
         """Take over the graphs of a model that is about to be served."""
-        self._tell(lambda: self._runners.update(runners))
+        self._tell(lambda: self._take_over(runners))
 
     def detach(self, model: str) -> None:
         """Let go of a model's graphs; its last job must be over."""
@@ -267,6 +267,11 @@ class Engine:
     ) -> None:
         self._points.queued(self._scheduler.add(job_id, job, caller, now, deadline, priority))
 
+    def _take_over(self, runners: dict[GraphKey, Runner]) -> None:
+        for runner in runners.values():
+            runner.warm()
+        self._runners.update(runners)
+
     def _let_go(self, model: str) -> None:
         self._runners = {key: runner for key, runner in self._runners.items() if key[0] != model}
         with self._admission_lock:
@@ -280,7 +285,7 @@ class Engine:
         try:
             if runner is None:
                 raise LookupError(f"no graph {batch.key} on the device")
-            outcomes = runner.run(batch.segments)
+            outcomes = evaluate(runner, batch.segments)
         except Exception:
             log.exception("a batch of %s failed; its segments are run again one by one", batch.key[0])
             outcomes = self._ride_alone(runner, batch, failures)
@@ -311,7 +316,7 @@ class Engine:
                 failures.setdefault(segment.entry.job_id, RuntimeFailureError(batch.key[0]))
             else:
                 try:
-                    (outcome,) = runner.run([segment])
+                    (outcome,) = evaluate(runner, [segment])
                 except Exception:
                     log.exception("job %d of %s failed alone", segment.entry.job_id, batch.key[0])
                     failures[segment.entry.job_id] = RuntimeFailureError(batch.key[0])

@@ -13,13 +13,15 @@ from latentd.v1 import bundle_pb2, model_pb2
 from latentd_server import step_graph
 from latentd_server.alone import Alone
 from latentd_server.bundle import StoredBundle, read
+from latentd_server.call_runner import CallRunner
 from latentd_server.certificate import Buckets, Certificate, Promise, Trial, bucket_sizes, certify, warm_up, witness
 from latentd_server.certificate_cache import CertificateCache
 from latentd_server.determinism import conditions, determinism_class, is_promise
 from latentd_server.job import Servable
-from latentd_server.runners import CallRunner, Runner, StepRunner
-from latentd_server.runtime import CompiledGraph, Device
+from latentd_server.runners import Runner
+from latentd_server.runtime import CompiledGraph, Device, compiling
 from latentd_server.scheduler import GraphKey
+from latentd_server.step_runner import StepRunner
 from latentd_server.trials import CallTrial, StepTrial
 
 log = logging.getLogger(__name__)
@@ -67,9 +69,10 @@ def load(directory: Path, terms: Terms) -> LoadedModel:
     runners: dict[GraphKey, Runner] = {}
     certificates: dict[str, Certificate] = {}
     for network in stored.message.networks:
-        runner, trial, data = _prepared(network, stored, terms)
-        known = circumstances | {"graph": hashlib.sha256(data).hexdigest(), "latentd": __version__}
-        certificate = _certificate(trial, known, terms)
+        with compiling():
+            runner, trial, data = _prepared(network, stored, terms)
+            known = circumstances | {"graph": hashlib.sha256(data).hexdigest(), "latentd": __version__}
+            certificate = _certificate(trial, known, terms)
         runner.buckets = certificate.buckets
         runners[model.name, network.role] = Alone(runner) if certificate.promise is Promise.ALONE else runner
         certificates[network.file] = certificate
@@ -102,7 +105,7 @@ def _prepared(
         shape,
     )
     has_label = label is not None
-    steps = StepRunner(CompiledGraph(data, terms.device, terms.threads), shape, has_label, everything)
+    steps = StepRunner(CompiledGraph(data, terms.device, terms.threads), shape, everything)
     return steps, StepTrial(steps, model, has_label, terms.max_rows), data
 
 

@@ -9,11 +9,14 @@ from latentd.v1 import bundle_pb2, model_pb2
 from numpy.typing import NDArray
 
 from latentd_server import samplers
+from latentd_server.call_runner import CallRunner
 from latentd_server.certificate import Buckets, Seat
 from latentd_server.job import CallJob, Job, Start, StepJob
-from latentd_server.runners import CallRunner, Outcome, StepRunner
+from latentd_server.priority import Priority
+from latentd_server.runners import Outcome, evaluate
 from latentd_server.samplers import Table
-from latentd_server.scheduler import Scheduler, Segment
+from latentd_server.scheduler import Cohort, Entry, Segment
+from latentd_server.step_runner import StepRunner
 
 Array = NDArray[Any]
 _Source = bundle_pb2.NetworkInput
@@ -106,13 +109,13 @@ class StepTrial:
 def _run(runner: CallRunner | StepRunner, size: int, jobs: Sequence[Job]) -> list[Outcome]:
     """Let the jobs ride in one call of this size."""
     served_with, runner.buckets = runner.buckets, Buckets((size,))
-    scheduler = Scheduler(max(2, size))
     segments = []
     for job_id, job in zip(_TRIAL_JOBS, jobs, strict=False):
-        entry = scheduler.add(job_id, job, "trial", 0.0)
-        segments.append(Segment(entry, entry.cohorts[0], job.lane_count, job.lane_count * job.rows_per_lane))
+        cohort = Cohort(0, job.lane_count, 0)
+        entry = Entry(job_id, job, "trial", Priority.NORMAL, 0.0, None, [cohort])
+        segments.append(Segment(entry, cohort, job.lane_count, job.lane_count * job.rows_per_lane))
     try:
-        return runner.run(segments)
+        return evaluate(runner, segments)
     finally:
         runner.buckets = served_with
         for segment in segments:

@@ -7,7 +7,7 @@ import pytest
 from latentd.v1 import bundle_pb2
 from latentd_server.alone import Alone
 from latentd_server.job import CallJob
-from latentd_server.runners import Outcome
+from latentd_server.runners import Array, Outcome, evaluate
 from latentd_server.scheduler import Scheduler, Segment
 
 
@@ -25,15 +25,22 @@ class Counting:
     def forget(self, job_id: int) -> None:
         self.forgotten.append(job_id)
 
-    def run(self, segments: Sequence[Segment]) -> list[Outcome]:
+    def warm(self) -> None:
+        self.is_warm = True
+
+    def prepare(self, segments: Sequence[Segment]) -> tuple[int, int]:
         [segment] = segments
         assert (segment.count, segment.cohort.count) == (1, 1), "one lane a call"
-        lane = segment.entry.job_id, segment.cohort.start
-        if lane in self.failing:
+        return segment.entry.job_id, segment.cohort.start
+
+    def run(self, prepared: tuple[int, int]) -> Array:
+        if prepared in self.failing:
             raise RuntimeError("bad lane")
-        self.steps[lane] = self.steps.get(lane, 0) + 1
-        values = np.array([lane])
-        return [Outcome(preview=values, outputs={"y": values})]
+        self.steps[prepared] = self.steps.get(prepared, 0) + 1
+        return np.array([prepared])
+
+    def finish(self, prepared: tuple[int, int], results: Array) -> list[Outcome]:
+        return [Outcome(preview=results, outputs={"y": results})]
 
 
 def segments(*lane_counts: int) -> list[Segment]:
@@ -49,7 +56,7 @@ def segments(*lane_counts: int) -> list[Segment]:
 
 def test_every_lane_has_a_call_and_its_segment_one_outcome() -> None:
     """Three lanes and two are five calls, and two outcomes with their lanes in order."""
-    outcomes = Alone(Counting()).run(segments(3, 2))
+    outcomes = evaluate(Alone(Counting()), segments(3, 2))
     assert [outcome.outputs["y"].tolist() for outcome in outcomes if outcome.outputs] == [
         [[0, 0], [0, 1], [0, 2]],
         [[1, 0], [1, 1]],
@@ -63,14 +70,14 @@ def test_a_lane_that_fails_makes_nobody_step_twice() -> None:
     alone, batch = Alone(inner), segments(2, 3, 1)
     inner.failing.add((1, 1))
     with pytest.raises(RuntimeError, match="bad lane"):
-        alone.run(batch)
-    assert alone.run(batch[:1])
+        evaluate(alone, batch)
+    assert evaluate(alone, batch[:1])
     with pytest.raises(RuntimeError, match="bad lane"):
-        alone.run(batch[1:2])
-    assert alone.run(batch[2:])
+        evaluate(alone, batch[1:2])
+    assert evaluate(alone, batch[2:])
     assert set(inner.steps.values()) == {1}
     inner.failing.clear()
-    alone.run(batch[:1])
+    evaluate(alone, batch[:1])
     assert inner.steps[0, 0] == 2, "the next step is a step"
 
 
@@ -80,10 +87,10 @@ def test_forgetting_a_job_forgets_what_it_had_done() -> None:
     alone, batch = Alone(inner), segments(2)
     inner.failing.add((0, 1))
     with pytest.raises(RuntimeError):
-        alone.run(batch)
+        evaluate(alone, batch)
     alone.forget(0)
     inner.failing.clear()
-    alone.run(batch)
+    evaluate(alone, batch)
     assert inner.forgotten == [0]
     assert inner.steps[0, 0] == 2
 

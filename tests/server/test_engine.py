@@ -27,8 +27,10 @@ from latentd_server.job import CallJob, Event, Failed, Finished, Job, Noise, Pre
 from latentd_server.metrics import Metrics
 from latentd_server.models import Registry
 from latentd_server.noise import Purpose
+from latentd_server.points import Points
 from latentd_server.runners import Outcome
 from latentd_server.runtime import Device
+from latentd_server.scheduler import Arrival
 from latentd_server.step_runner import StepRunner
 
 MAX_ROWS = 8
@@ -311,7 +313,13 @@ async def test_cancel_frees_the_lanes_and_counts_the_waste(bench: Bench) -> None
 async def test_a_deadline_ends_a_job_under_way(root: Path) -> None:
     """When the clock passes the deadline the job fails with DeadlineError and its neighbours go on."""
     now = [0.0]
-    engine = Engine(Metrics(), max_rows=MAX_ROWS, max_backlog=100_000, clock=lambda: now[0])
+
+    class Late(Points):
+        def evaluated(self, arrivals: Sequence[Arrival]) -> None:
+            if any(arrival.segment.entry.deadline_s for arrival in arrivals):
+                now[0] = 11.0  # time passes in the middle of the walk
+
+    engine = Engine(Metrics(), max_rows=MAX_ROWS, max_backlog=100_000, clock=lambda: now[0], points=Late())
     registry = Registry(root, engine, Device("cpu"), threads=1, max_rows=MAX_ROWS)
     await registry.load_all()
     bench = Bench(engine, registry, Metrics())
@@ -321,9 +329,7 @@ async def test_a_deadline_ends_a_job_under_way(root: Path) -> None:
 
     def sink(event: Event) -> None:
         seen.append(event)
-        if isinstance(event, Preview):
-            now[0] = 11.0  # time passes in the middle of the walk
-        else:
+        if not isinstance(event, Preview):
             over.set()
 
     engine.submit(bench.steps("ddim", 100, previews=1), caller="x", deadline=10.0, sink=sink)
