@@ -6,7 +6,7 @@ import pytest
 from latentd.digest import bundle_digest
 from latentd.v1 import bundle_pb2, model_pb2
 from latentd_trainer import bundle as bundles
-from latentd_trainer.bundle import BundleError
+from latentd_trainer.bundle import BundleError, VersionTakenError
 
 FILES = {"decoder.onnx": b"graph", "record.json": b"{}"}
 
@@ -71,6 +71,24 @@ def test_replacing_leaves_nothing_of_the_old_version(tmp_path: Path) -> None:
     bundles.write(directory, make("second"), FILES, replace=True)
     assert bundles.read(directory).model.card.description == "second"
     assert set(contents(tmp_path)) == {"m/1/bundle.json", "m/1/decoder.onnx", "m/1/record.json"}
+
+
+def test_a_version_that_appears_meanwhile_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that write one free version, the one whose rename comes second is refused and leaves nothing behind."""
+    directory = tmp_path / "m" / "1"
+    rename, calls = Path.rename, []
+
+    def overtaken(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == 1:
+            bundles.write(directory, make("overtaker"), FILES)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", overtaken)
+    with pytest.raises(VersionTakenError, match="exists; give another version"):
+        bundles.write(directory, make("overtaken"), FILES)
+    assert bundles.read(directory).model.card.description == "overtaker"
+    assert [entry.name for entry in directory.parent.iterdir()] == ["1"]
 
 
 @pytest.mark.usefixtures("disk_full_at_third_file")

@@ -1,5 +1,7 @@
 import dataclasses
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,6 +105,51 @@ def test_versions_count_up_from_the_newest(tmp_path: Path, tiny_specs: Specs, wr
     """A version that is not given is one above the newest there is, and the model's name carries it."""
     write_tiny(tmp_path, "gan", version=4)
     assert bundles.read(write_tiny(tmp_path, "gan")).model.name == "tiny-gan@5"
+
+
+EXPORT_AFTER_A_WORD = """
+import sys
+from pathlib import Path
+
+from latentd_trainer import bundle as bundles
+from latentd_trainer import export
+
+require_free = bundles.require_free
+
+
+def wait(directory, replace):
+    require_free(directory, replace)
+    print("chosen", directory.name, flush=True)
+    sys.stdin.readline()
+
+
+bundles.require_free = wait
+print(export.run(Path(sys.argv[1]), models=Path(sys.argv[2]), name="raced", replace=True))
+"""
+
+
+def test_exports_that_choose_one_version_take_two(tmp_path: Path, tiny_record: Callable[[str], RunRecord]) -> None:
+    """When two processes find the same version free, one gets it and the other the next, whole and rightly named."""
+    settings = {"width": 8, "hidden": 16, "latent": 5, "steps": 20}
+    info = DataInfo("tiny", (1, 8, 8), 17, ("a", "b"), (0.5, 0.5), "0" * 64)
+    run = tmp_path / "run"
+    run.mkdir()
+    checkpoint.write_record(run, dataclasses.replace(tiny_record("gan"), settings=settings, info=info))
+    checkpoint.save(run, checkpoint.build_family("gan", settings, info, 0), 20)
+    command = [sys.executable, "-c", EXPORT_AFTER_A_WORD, run, tmp_path / "models"]
+    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "chosen 1\n"
+    for process in both:
+        process.communicate("\n", timeout=120)
+        assert process.returncode == 0
+    versions = tmp_path / "models" / "raced"
+    assert sorted(entry.name for entry in versions.iterdir()) == ["1", "2"]
+    for version in ("1", "2"):
+        bundle = bundles.read(versions / version)
+        assert bundle.model.name == f"raced@{version}"
+        assert bundle.model.digest == bundle_digest(bundle)
 
 
 def test_a_run_that_was_stopped_says_how_far_it_came(

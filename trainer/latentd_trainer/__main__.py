@@ -1,5 +1,4 @@
-"""The entry point of `latentd-train`, and what `torchrun -m latentd_trainer` starts. Training needs more than the
-library's base install."""
+"""The entry point of `latentd-train`, and what `torchrun -m latentd_trainer` starts."""
 
 import sys
 

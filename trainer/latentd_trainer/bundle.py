@@ -1,5 +1,6 @@
 """Bundle directories, `models/NAME/VERSION/`: read, written whole or not at all, and their card replaced."""
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,13 @@ RECORD_FILE = "record.json"
 
 class BundleError(Exception):
     """A bundle that cannot be read or written; the message says why and what would do."""
+
+
+class VersionTakenError(BundleError):
+    """The version is there already, and may not be replaced."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(f"{directory} exists; give another version, or --replace to put this one in its place")
 
 
 def sha256(data: bytes) -> str:
@@ -72,30 +80,32 @@ def require_free(directory: Path, replace: bool) -> None:
     """Refuse to write over a version.
 
     Raises:
-        BundleError: `directory` exists and may not be replaced.
+        VersionTakenError: `directory` exists and may not be replaced.
     """
     if directory.exists() and not replace:
-        raise BundleError(f"{directory} exists; give another version, or --replace to put this one in its place")
+        raise VersionTakenError(directory)
 
 
 def write(directory: Path, bundle: bundle_pb2.Bundle, files: Mapping[str, bytes], *, replace: bool = False) -> None:
     """Write a bundle and the files beside it: `directory` is at every moment absent, the old bundle or the new one.
 
     With `replace` an existing version is moved aside for the moment between two renames; if the second fails it
-    is moved back.
+    is moved back. Of several processes that write one version at once, the first rename decides.
 
     Raises:
-        BundleError: the version exists already and `replace` is not set, or the disk refused; then nothing is left
-            behind and what stood before stands.
+        VersionTakenError: the version exists, if only since a moment, and `replace` is not set.
+        BundleError: the disk refused. Either way nothing is left behind and what stood before stands.
     """
     require_free(directory, replace)
     try:
-        _write_whole_directory(directory, {**files, names.BUNDLE_FILE: to_json(bundle)})
+        _write_whole_directory(directory, {**files, names.BUNDLE_FILE: to_json(bundle)}, replace)
     except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and not replace:
+            raise VersionTakenError(directory) from error
         raise BundleError(f"{directory}: cannot be written ({error.strerror}); nothing was changed") from error
 
 
-def _write_whole_directory(directory: Path, files: Mapping[str, bytes]) -> None:
+def _write_whole_directory(directory: Path, files: Mapping[str, bytes], replace: bool) -> None:
     new_parents = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     # A server lists versions by number, so names that start with a dot are invisible to it.
@@ -105,7 +115,7 @@ def _write_whole_directory(directory: Path, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():
             _write_file(aside / name, data)
         _sync_directory(aside)
-        _move_into_place(aside, directory)
+        _move_into_place(aside, directory, replace)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         for parent in new_parents:
@@ -132,9 +142,9 @@ def to_json(bundle: bundle_pb2.Bundle) -> bytes:
     return (MessageToJson(bundle, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _move_into_place(aside: Path, directory: Path) -> None:
-    if not directory.exists():
-        aside.rename(directory)
+def _move_into_place(aside: Path, directory: Path, replace: bool) -> None:
+    if not (replace and directory.exists()):
+        aside.rename(directory)  # fails if another process has put a version there since `require_free`
         return
     # rename(2) cannot put a directory in the place of one that holds files.
     old = directory.parent / f"{aside.name}.old"

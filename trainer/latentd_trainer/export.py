@@ -19,7 +19,7 @@ from latentd.v1 import bundle_pb2, model_pb2, tensor_pb2
 
 from latentd_trainer import bundle as bundles
 from latentd_trainer import onnx_graph, parity
-from latentd_trainer.bundle import BundleError
+from latentd_trainer.bundle import BundleError, VersionTakenError
 from latentd_trainer.checkpoint import CHECKPOINT_FILE, RunRecord, load_run
 from latentd_trainer.contract import bundle_violations, role_name
 from latentd_trainer.onnx_graph import GraphError
@@ -149,10 +149,9 @@ def package(
     """
     if not names.is_name(name):
         raise BundleError(f"{name!r} is no model name; it must match {names.NAME_PATTERN}, as digits-vae does")
-    version = version or bundles.next_version(models, name)
-    directory = models / name / str(version)
-    bundles.require_free(directory, replace)
-    bundle = declare(spec, origin, f"{name}@{version}")
+    number = version or bundles.next_version(models, name)
+    bundles.require_free(models / name / str(number), replace)
+    bundle = declare(spec, origin, f"{name}@{number}")
     if violations := bundle_violations(bundle):
         raise BundleError("the model cannot be served as it is:\n" + "\n".join(f"- {each}" for each in violations))
 
@@ -162,13 +161,22 @@ def package(
         data, proofs[role_name(graph.role)] = _export_graph(graph, network, bundle.model)
         files[network.file] = data
         network.sha256 = bundles.sha256(data)
-    bundle.model.digest = bundle_digest(bundle)
     files |= beside or {}
     files[bundles.RECORD_FILE] = (
         json.dumps({**origin.record, "export": _how_exported(proofs)}, indent=2) + "\n"
     ).encode()
-    bundles.write(directory, bundle, files, replace=replace)
-    return directory
+    while True:
+        directory = models / name / str(number)
+        bundle.model.name = f"{name}@{number}"
+        bundle.model.digest = bundle_digest(bundle)
+        try:
+            bundles.write(directory, bundle, files, replace=replace and version is not None)
+        except VersionTakenError:
+            if version is not None:
+                raise
+            number = bundles.next_version(models, name)  # another export took the one that was free
+        else:
+            return directory
 
 
 def _how_exported(proofs: Mapping[str, Any]) -> dict[str, Any]:
