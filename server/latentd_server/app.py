@@ -131,6 +131,7 @@ async def serving(config: Config, device: Device, points: Points | None = None) 
         max_model_backlog=config.max_model_backlog,
         max_caller_backlog=config.max_caller_backlog,
         caller_weights=config.caller_weights,
+        self_check_interval_s=config.self_check_interval,
         points=points,
     )
     metrics.watch(lambda: engine.backlog, lambda: engine.queue_depth)

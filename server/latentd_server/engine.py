@@ -25,6 +25,7 @@ from latentd_server.points import Points
 from latentd_server.priority import Priority
 from latentd_server.runners import Outcome, Runner, evaluate
 from latentd_server.scheduler import Arrival, Batch, Entry, GraphKey, Scheduler
+from latentd_server.self_check import SelfCheck, SelfCheckMetrics
 
 Sink = Callable[[Event], None]
 
@@ -38,7 +39,7 @@ _LONGEST_WAIT_S = 3600.0
 """The device thread wakes at least this often; a caller's deadline may lie further ahead than a wait can be long."""
 
 
-class EngineMetrics(Protocol):
+class EngineMetrics(SelfCheckMetrics, Protocol):
     """What the engine reports."""
 
     def batch_ran(
@@ -66,13 +67,14 @@ class Engine:
         max_model_backlog: int | None = None,
         max_caller_backlog: int | None = None,
         caller_weights: Mapping[str, float] | None = None,
+        self_check_interval_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         points: Points | None = None,
     ) -> None:
         """`max_rows` is the largest batch; `max_backlog` the evaluations that may be accepted and not yet run.
 
         Those of one model and of one caller have bounds of their own, or the same. `caller_weights` are the shares of
-        callers that do not weigh 1.
+        callers that do not weigh 1. Self-checks keep `self_check_interval_s` apart; 0 is none.
         """
         self._metrics = metrics
         self._clock = clock
@@ -94,6 +96,7 @@ class Engine:
         self._commands: queue.SimpleQueue[list[Callable[[], None] | None]] = queue.SimpleQueue()
         self._runners: dict[GraphKey, Runner] = {}
         self._scheduler = Scheduler(max_rows, caller_weights)
+        self._self_check = SelfCheck(metrics, self_check_interval_s)
         self._outbox: list[tuple[int, Event]] = []
         self._vain_batches = 0  # in a row, that failed for every segment even alone
         self._thread = threading.Thread(target=self._work, name="latentd-device", daemon=True)
@@ -170,9 +173,9 @@ class Engine:
         while model in self._models.values():
             await self._waiters.setdefault(model, asyncio.Event()).wait()
 
-    def attach(self, runners: dict[GraphKey, Runner]) -> None:
-        """Take over the graphs of a model that is about to be served."""
-        self._tell(lambda: self._take_over(runners))
+    def attach(self, runners: dict[GraphKey, Runner], *, promise: bool = False) -> None:
+        """Take over the graphs of a model that is about to be served; `promise` is whether its bytes are checked."""
+        self._tell(lambda: self._take_over(runners, promise))
 
     def detach(self, model: str) -> None:
         """Let go of a model's graphs; its last job must be over."""
@@ -243,11 +246,18 @@ class Engine:
             batch = self._scheduler.plan(self._clock())
             if batch is not None:
                 self._ride(batch)
+            elif self._may_check:
+                self._self_check.step(self._runners, self._clock())
             self._post()
+
+    @property
+    def _may_check(self) -> bool:
+        """Whether there is nothing to do but a self-check."""
+        return self._self_check.has_work and not len(self._scheduler) and not self._draining
 
     def _take_commands(self) -> bool:
         """Carry out what has been asked for, waiting for it if there is nothing else to do; False to stop."""
-        block = not self._scheduler.can_ride
+        block = not self._scheduler.can_ride and not self._may_check
         timeout = None
         if block and (deadline := self._scheduler.next_deadline_s()) is not None:
             timeout = min(max(0.0, deadline - self._clock()), _LONGEST_WAIT_S)
@@ -267,12 +277,15 @@ class Engine:
     ) -> None:
         self._points.queued(self._scheduler.add(job_id, job, caller, now, deadline, priority))
 
-    def _take_over(self, runners: dict[GraphKey, Runner]) -> None:
-        for runner in runners.values():
+    def _take_over(self, runners: dict[GraphKey, Runner], promise: bool) -> None:
+        for (model, _), runner in runners.items():
             runner.warm()
+            if promise:
+                self._self_check.begin(model)
         self._runners.update(runners)
 
     def _let_go(self, model: str) -> None:
+        self._self_check.end(model, self._runners)
         self._runners = {key: runner for key, runner in self._runners.items() if key[0] != model}
         with self._admission_lock:
             self._admission.forget_model(model)
@@ -300,6 +313,8 @@ class Engine:
         for arrival, outcome in zip(arrivals, outcomes, strict=True):
             if arrival.segment.entry.job_id not in failures:
                 self._report(arrival, outcome)
+                if arrival.done:
+                    self._self_check.offer(arrival, outcome, started + seconds)
         for job_id, error in failures.items():
             self._fail(job_id, error)
         alive = any(segment.entry.job_id not in failures for segment in batch.segments)

@@ -94,6 +94,18 @@ class Metrics:
             "Evaluations spent on samples that were cancelled, expired or failed.",
             registry=registry,
         )
+        self._self_checks = Counter(
+            "latentd_self_checks",
+            "Answered samples that were made again alone: match, mismatch, or failed.",
+            ["model", "result"],
+            registry=registry,
+        )
+        self._self_check_evaluations = Counter(
+            "latentd_self_check_evaluations",
+            "Network evaluations of self-checks; they are in no other series.",
+            graph,
+            registry=registry,
+        )
         self._backlog = Gauge("latentd_backlog_evaluations", "Evaluations accepted and not yet run.", registry=registry)
         self._queue_depth = Gauge("latentd_queue_depth", "Jobs accepted and unfinished.", registry=registry)
         self._model_state = Gauge(
@@ -153,6 +165,14 @@ class Metrics:
     def evaluations_wasted(self, count: int) -> None:
         """Count evaluations whose result nobody will get."""
         self._wasted.inc(count)
+
+    def self_checked(self, model: str, result: str) -> None:
+        """Count a self-check: `match`, `mismatch` or `failed`."""
+        self._series(self._self_checks, model, result).inc()
+
+    def self_check_evaluated(self, model: str, role: bundle_pb2.Network.Role.ValueType, rows: int) -> None:
+        """Count evaluations that a self-check took."""
+        self._series(self._self_check_evaluations, model, _GRAPHS[role]).inc(rows)
 
     def model_state(self, model: str, state: model_pb2.Model.State.ValueType) -> None:
         """Record the state a model is in now."""

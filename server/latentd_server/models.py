@@ -164,7 +164,7 @@ class Registry:
                 log.error("%s is not served: %s", held.reference, held.failure)
                 self._change(held, model_pb2.Model.STATE_FAILED)
                 return
-            self._engine.attach(loaded.runners)
+            self._engine.attach(loaded.runners, promise=loaded.servable.promise)
             held.servable = loaded.servable
             self._change(held, model_pb2.Model.STATE_ACTIVE)
 

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from latentd.digest import bundle_digest
 from latentd.v1 import bundle_pb2
 
-NOT_IDENTITY = {"model.card", "model.digest", "model.state", "model.failure_reason"}
+NOT_IDENTITY = {"model.card", "model.digest", "model.state", "model.failure_reason", "model.determinism"}
 """What a digest leaves out: words for people, itself, and what the server fills in."""
 
 
