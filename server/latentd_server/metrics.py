@@ -1,6 +1,7 @@
-"""Every Prometheus series of the server, named once. Times are histograms in seconds, events are `_total` counters.
+"""Every Prometheus series of the server. Times are histograms in seconds, events are `_total` counters.
 
-Thread-safe: the engine's device thread and the event loop both write here.
+Thread-safe: the engine's device thread and the event loop both write here. What is counted for every request is in
+`tallies.py`.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,10 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from latentd_server.tallies import RequestTallies
+
 Series = TypeVar("Series", Counter, Gauge, Histogram)
 
-_REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _BATCH_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _GRAPHS = {role: name.removeprefix("ROLE_").lower() for name, role in bundle_pb2.Network.Role.items()}
 _BATCH_ROWS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 48, 64, 128)
@@ -30,40 +32,8 @@ class Metrics:
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
 
-        self._started = Counter(
-            "latentd_requests_started",
-            "Requests that arrived; each is counted as finished once.",
-            ["method"],
-            registry=registry,
-        )
-        self._requests = Counter(
-            "latentd_requests", "Finished requests.", ["method", "model", "code"], registry=registry
-        )
-        self._in_flight = Gauge("latentd_requests_in_flight", "Requests under way.", ["method"], registry=registry)
-        self._duration = Histogram(
-            "latentd_request_duration_seconds",
-            "From a request's arrival to its last message.",
-            ["method", "model"],
-            buckets=_REQUEST_SECONDS,
-            registry=registry,
-        )
-        self._queue_time = Histogram(
-            "latentd_queue_duration_seconds",
-            "From admission to the first batch.",
-            ["method", "model"],
-            buckets=_REQUEST_SECONDS,
-            registry=registry,
-        )
-        self._compute_time = Histogram(
-            "latentd_compute_duration_seconds",
-            "Durations of the batches a request rode in, summed.",
-            ["method", "model"],
-            buckets=_REQUEST_SECONDS,
-            registry=registry,
-        )
-        self._samples = Counter(
-            "latentd_samples", "Samples, or rows of a tensor, answered.", ["model"], registry=registry
-        )
+        self._tallies = RequestTallies()
+        registry.register(self._tallies)
         self._refusals = Counter(
             "latentd_refusals", "Requests refused before any work was done for them.", ["reason"], registry=registry
         )
@@ -129,24 +99,20 @@ class Metrics:
         self._queue_depth.set_function(queue_depth)
 
     def request_began(self, method: str) -> None:
-        """Count a request in."""
-        self._series(self._started, method).inc()
-        self._series(self._in_flight, method).inc()
+        """Count a request in. This and the next three are the event loop's own."""
+        self._tallies.began(method)
 
     def request_ended(self, method: str, model: str, code: str, seconds: float) -> None:
         """Count a request out, with the name of its gRPC code."""
-        self._series(self._in_flight, method).dec()
-        self._series(self._requests, method, model, code).inc()
-        self._series(self._duration, method, model).observe(seconds)
+        self._tallies.ended(method, model, code, seconds)
 
     def request_cost(self, method: str, model: str, queue_s: float, compute_s: float) -> None:
         """Record what an answered request cost."""
-        self._series(self._queue_time, method, model).observe(queue_s)
-        self._series(self._compute_time, method, model).observe(compute_s)
+        self._tallies.cost(method, model, queue_s, compute_s)
 
     def samples_answered(self, model: str, count: int) -> None:
         """Count samples, or rows of a tensor, that were answered."""
-        self._series(self._samples, model).inc(count)
+        self._tallies.answered(model, count)
 
     def refused(self, reason: str) -> None:
         """Count a refusal, by `ErrorInfo.reason`."""

@@ -22,8 +22,7 @@ import numpy as np
 import onnxruntime
 from latentd.v1 import bundle_pb2
 
-from tests.bench import bare
-from tests.bench import bundles
+from tests.bench import bare, bundles
 from tests.bench.load import STEPS
 
 VAE, DIFFUSION = "digits-vae", "digits-diffusion"
