@@ -4,6 +4,7 @@ A model is addressed as `NAME` (its newest active version) or `NAME@VERSION` (ca
 """
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 NAME_PATTERN = r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -40,6 +41,7 @@ class ModelReference(NamedTuple):
         return f"{self.name}@{self.version}" if self.version else self.name
 
 
+@lru_cache(maxsize=4096)
 def parse_reference(text: str) -> ModelReference:
     """Parse `NAME` or `NAME@VERSION`.
 

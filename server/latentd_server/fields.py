@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -154,7 +155,8 @@ class Fields:
         """The continuous codes, the same for every row, [n, k] f32; None if the graph takes none."""
         entry = graph.input(Source.SOURCE_CODES)
         if entry is None:
-            self.absent(condition, ("codes",), "condition.", "this network takes no continuous codes")
+            if condition.codes:
+                self.absent(condition, ("codes",), "condition.", "this network takes no continuous codes")
             return None
         wanted = math.prod(entry.shape)
         if len(condition.codes) != wanted:
@@ -168,13 +170,18 @@ class Fields:
     def form(self, data_type: tensor_pb2.DataType.ValueType, wiring: Wiring) -> OutputForm:
         """How samples are to leave."""
         item = wiring.sample
-        form = OutputForm(data_type or item.data_type, item.low, item.high)
+        form = _form(data_type or item.data_type, item)
         if form.data_type == _PIXELS and not item.bounded:
             self.reject("output_data_type", "must not be UINT8: this model declares no value range to map to 0..255")
         elif form.data_type not in (*_FLOATS, _PIXELS):
             got = _name(tensor_pb2.DataType, data_type)
             self.reject("output_data_type", f"must be unset, FLOAT32, FLOAT16 or UINT8; got {got}")
         return form
+
+
+@lru_cache(maxsize=1024)
+def _form(data_type: tensor_pb2.DataType.ValueType, item: Range) -> OutputForm:
+    return OutputForm(data_type, item.low, item.high)
 
 
 def _name(enum: Any, value: int) -> str:

@@ -61,12 +61,10 @@ def add_cost(total: Cost, cost: Cost) -> None:
 
 def stats(cost: Cost) -> generation_service_pb2.ExecutionStats:
     """A cost, as told to callers."""
-    return generation_service_pb2.ExecutionStats(
-        queue_duration=_duration(cost.queue_s),
-        compute_duration=_duration(cost.compute_s),
-        evaluation_count=cost.evaluations,
-        mean_batch_size=mean_batch(cost),
-    )
+    told = generation_service_pb2.ExecutionStats(evaluation_count=cost.evaluations, mean_batch_size=mean_batch(cost))
+    _set_duration(told.queue_duration, cost.queue_s)
+    _set_duration(told.compute_duration, cost.compute_s)
+    return told
 
 
 def mean_batch(cost: Cost) -> float:
@@ -246,6 +244,6 @@ def _log_sum_exp(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(np.log(np.exp(values - shift).sum(axis=-1)) + shift[..., 0])
 
 
-def _duration(seconds: float) -> Duration:
+def _set_duration(duration: Duration, seconds: float) -> None:
     nanoseconds = round(seconds * 1e9) if math.isfinite(seconds) else 0
-    return Duration(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)
+    duration.seconds, duration.nanos = divmod(nanoseconds, 10**9)
