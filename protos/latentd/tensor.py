@@ -43,15 +43,32 @@ def encode(array: NDArray[Any], path: str = "tensor") -> tensor_pb2.Tensor:
     Raises:
         TensorError: the element type has no place in `DataType`, or the array is over 2 GiB.
     """
-    dtype = array.dtype.newbyteorder("<")
+    tensor = tensor_pb2.Tensor()
+    pack(array, tensor, path)
+    return tensor
+
+
+def pack(array: NDArray[Any], into: tensor_pb2.Tensor, path: str = "tensor") -> None:
+    """As `encode`, into an empty `Tensor` where it stands in its message, which spares a copy.
+
+    Raises:
+        TensorError: as `encode`.
+    """
+    dtype = array.dtype
     data_type = _DATA_TYPES.get(dtype)
+    if data_type is None:  # or in the other byte order
+        dtype = dtype.newbyteorder("<")
+        data_type = _DATA_TYPES.get(dtype)
     if data_type is None:
         raise TensorError(path, f"element type {array.dtype} is none of {_allowed()}")
-    if (span := _span(array.shape, dtype)) > _MAX_BYTES:
+    if array.nbytes > _MAX_BYTES or (not array.size and _span(array.shape, dtype) > _MAX_BYTES):
+        span = _span(array.shape, dtype)
         raise TensorError(path, f"spans {span} bytes; a message holds at most {_MAX_BYTES}")
-    if sys.byteorder != "little" or array.dtype != dtype:
+    if array.dtype is not dtype:
         array = array.astype(dtype)
-    return tensor_pb2.Tensor(data_type=data_type, shape=array.shape, data=array.tobytes())
+    into.data_type = data_type
+    into.shape.extend(array.shape)
+    into.data = array.tobytes()
 
 
 def decode(tensor: tensor_pb2.Tensor, path: str = "tensor") -> NDArray[Any]:
@@ -66,14 +83,14 @@ def decode(tensor: tensor_pb2.Tensor, path: str = "tensor") -> NDArray[Any]:
     shape = tuple(tensor.shape)
     if len(shape) > _MAX_RANK:
         raise TensorError(f"{path}.shape", f"must have at most {_MAX_RANK} axes, got {len(shape)}")
-    for axis, extent in enumerate(shape):
-        if extent < 0:
-            raise TensorError(f"{path}.shape[{axis}]", f"must not be negative, got {extent}")
-    if (span := _span(shape, dtype)) > _MAX_BYTES:
+    if shape and min(shape) < 0:
+        axis = next(axis for axis, extent in enumerate(shape) if extent < 0)
+        raise TensorError(f"{path}.shape[{axis}]", f"must not be negative, got {shape[axis]}")
+    expected = math.prod(shape) * dtype.itemsize
+    if (span := expected or _span(shape, dtype)) > _MAX_BYTES:
         raise TensorError(
             f"{path}.shape", f"{list(shape)} of {dtype.name} overflows: {span} bytes, at most {_MAX_BYTES}"
         )
-    expected = math.prod(shape) * dtype.itemsize
     data = tensor.data  # each access of a bytes field copies it
     if len(data) != expected:
         raise TensorError(

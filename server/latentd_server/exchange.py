@@ -96,13 +96,20 @@ class Door:
             raise FieldsInvalidError([Violation("model", str(error))]) from error
 
 
+Fill = Callable[[Callable[[], Any]], None]
+"""Fills responses, each into a new one that its argument gives."""
+
+
 class Reply(Protocol):
     """How the answer to one request travels."""
 
-    def send(self, response: Message, size: int, *, final: bool) -> None:
-        """Pass on a response of about `size` bytes."""
+    def new(self) -> Any:
+        """An empty response, to be filled and then sent before there is another one."""
 
-    def send_later(self, source: Callable[[], list[Any]]) -> None:
+    def send(self, response: Message, size: int, *, final: bool) -> None:
+        """Pass on a response that `new` gave, of about `size` bytes now."""
+
+    def send_later(self, fill: Fill) -> None:
         """Pass on responses that are made when it is their turn."""
 
     def fail(self, error: Exception) -> None:
@@ -220,7 +227,7 @@ class SingleExchange(Exchange):
         plan = understand(request, self._servable(request.model), self._door.limits)
         if isinstance(plan, Diffusing):
             self.account.seed, self.account.samples = plan.seed, len(plan.samples)
-            self.reply.send(respond.diffused(plan), plan.samples.nbytes, final=True)
+            self.reply.send(respond.diffused(plan, self.reply.new()), plan.samples.nbytes, final=True)
             return
         self._plan = plan
         self._gathered = Gathered(plan.job.lane_count)
@@ -232,7 +239,7 @@ class SingleExchange(Exchange):
             plan = self._plan
             self.account.samples = plan.row_count if isinstance(plan, Scoring) else plan.job.lane_count
             size = sum(values.nbytes for values in self._gathered.outputs.values())
-            self.reply.send(self._answer(self._plan, self._gathered), size, final=True)
+            self.reply.send(self._answer(plan, self._gathered, self.reply.new()), size, final=True)
 
 
 class SampleExchange(Exchange):
@@ -244,20 +251,25 @@ class SampleExchange(Exchange):
         self._previews = Previews()
         queue_depth = self._door.engine.queue_depth
         self._submit(self._plan.job, deadline)
-        accepted = respond.accepted(self._plan, queue_depth)
-        self.reply.send(generation_service_pb2.SampleResponse(accepted=accepted), 0, final=False)
+        self.reply.send(respond.accepted(self._plan, queue_depth, self.reply.new()), 0, final=False)
 
     def _preview(self, event: Preview) -> None:
         if self._previews.add(event):
-            self.reply.send_later(lambda: [respond.preview(self._plan, look) for look in self._previews.take()])
+            self.reply.send_later(self._look)
 
     def _finished(self, event: Finished) -> None:
         self._previews.drop(event.lanes)
         self.account.samples += len(event.lanes)
-        messages = list(respond.results(self._plan, event))
-        size = sum(values.nbytes for values in event.outputs.values()) // len(messages)
-        for message in messages:
-            self.reply.send(message, size, final=event.last and message is messages[-1])
+        left = len(event.lanes)
+        size = sum(values.nbytes for values in event.outputs.values())
+        for message in respond.results(self._plan, event, self.reply.new):
+            count = len(message.result.sample_indices)
+            left -= count
+            self.reply.send(message, size * count // len(event.lanes), final=event.last and not left)
+
+    def _look(self, new: Callable[[], generation_service_pb2.SampleResponse]) -> None:
+        for look in self._previews.take():
+            respond.preview(self._plan, look, new())
 
 
 class LoopExchange(Exchange):
@@ -278,7 +290,8 @@ class LoopExchange(Exchange):
         seed = self._door.fresh_seed()
         self._opened, self._position = resolve.open_loop(request, self._held, seed, self._door.limits)
         self.account.seed = self._loop.job.seed
-        self.reply.send(respond.loop_opened(self._loop, self._position, self._door.engine.queue_depth), 0, final=False)
+        depth = self._door.engine.queue_depth
+        self.reply.send(respond.loop_opened(self._loop, self._position, depth, self.reply.new()), 0, final=False)
 
     @property
     def _loop(self) -> Loop:
@@ -329,7 +342,7 @@ class LoopExchange(Exchange):
         step, self._step = self._step, None
         outputs = self._gathered.outputs
         self._position = loops.stepped(self._position, step, outputs["sample"], outputs["history"])
-        state = respond.loop_stepped(self._loop, self._position, step, self._gathered)
+        state = respond.loop_stepped(self._loop, self._position, step, self._gathered, self.reply.new())
         over = not self._position.remaining
         self.account.samples = self.lane_count if over else 0
         self.reply.send(state, outputs["denoised"].nbytes * (1 + step.state_requested), final=over)

@@ -112,16 +112,17 @@ class Fields:
                 allowed = f"FLOAT32, FLOAT16, or UINT8 whose 0..255 mean {item.low:g}..{item.high:g}"
             self.reject(f"{path}.data_type", f"must be {allowed}; got {_name(tensor_pb2.DataType, tensor.data_type)}")
             return None
-        expected = ", ".join(["n", *map(str, item.shape)])
-        if array.shape[1:] != item.shape or array.ndim != len(item.shape) + 1:
-            self.reject(f"{path}.shape", f"must be [{expected}]; got {list(array.shape)}")
-            return None
-        if not 1 <= len(array) <= max_rows:
-            self.reject(f"{path}.shape", f"must be [{expected}] with n from 1 to {max_rows}; got n = {len(array)}")
+        shape = array.shape
+        if shape[1:] != item.shape or not shape or not 1 <= shape[0] <= max_rows:
+            expected = ", ".join(["n", *map(str, item.shape)])
+            if len(shape) != len(item.shape) + 1 or shape[1:] != item.shape:
+                self.reject(f"{path}.shape", f"must be [{expected}]; got {list(shape)}")
+            else:
+                self.reject(f"{path}.shape", f"must be [{expected}] with n from 1 to {max_rows}; got n = {shape[0]}")
             return None
         if pixels:
             return array.astype(np.float32) * np.float32((item.high - item.low) / 255) + np.float32(item.low)
-        if not np.isfinite(array).all():
+        if 0 in np.isfinite(array).tobytes():  # small arrays: in a fifth of the time of `all`
             bad = np.argwhere(~np.isfinite(array))
             self.reject(
                 f"{path}.data",

@@ -1,7 +1,7 @@
-"""What came of a job -> response messages. Pure."""
+"""What came of a job -> response messages, filled in where they stand: copies of messages add up. Pure."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -59,12 +59,12 @@ def add_cost(total: Cost, cost: Cost) -> None:
     total.rows += cost.rows
 
 
-def stats(cost: Cost) -> generation_service_pb2.ExecutionStats:
+def tell(cost: Cost, into: generation_service_pb2.ExecutionStats) -> None:
     """A cost, as told to callers."""
-    told = generation_service_pb2.ExecutionStats(evaluation_count=cost.evaluations, mean_batch_size=mean_batch(cost))
-    _set_duration(told.queue_duration, cost.queue_s)
-    _set_duration(told.compute_duration, cost.compute_s)
-    return told
+    into.evaluation_count = cost.evaluations
+    into.mean_batch_size = mean_batch(cost)
+    _set_duration(into.queue_duration, cost.queue_s)
+    _set_duration(into.compute_duration, cost.compute_s)
 
 
 def mean_batch(cost: Cost) -> float:
@@ -72,27 +72,36 @@ def mean_batch(cost: Cost) -> float:
     return cost.rows / cost.batches if cost.batches else 0.0
 
 
-def accepted(plan: Sampling, queue_depth: int) -> generation_service_pb2.SampleAccepted:
+def accepted(
+    plan: Sampling, queue_depth: int, into: generation_service_pb2.SampleResponse
+) -> generation_service_pb2.SampleResponse:
     """How a Sample request was understood."""
-    return generation_service_pb2.SampleAccepted(
-        resolved_request=plan.resolved_request, determinism_class=plan.determinism_class, queue_depth=queue_depth
-    )
+    _accept(plan, queue_depth, into.accepted)
+    return into
 
 
-def preview(plan: Sampling, event: Preview) -> generation_service_pb2.SampleResponse:
+def _accept(plan: Sampling, queue_depth: int, into: generation_service_pb2.SampleAccepted) -> None:
+    into.resolved_request.CopyFrom(plan.resolved_request)
+    into.determinism_class = plan.determinism_class
+    into.queue_depth = queue_depth
+
+
+def preview(
+    plan: Sampling, event: Preview, into: generation_service_pb2.SampleResponse
+) -> generation_service_pb2.SampleResponse:
     """Samples under way."""
-    return generation_service_pb2.SampleResponse(
-        preview=generation_service_pb2.SamplePreview(
-            sample_indices=event.lanes.tolist(),
-            completed_step_count=event.completed_steps,
-            total_step_count=event.total_steps,
-            estimates=to_tensor(event.estimates, plan.form),
-        )
-    )
+    look = into.preview
+    look.sample_indices.extend(event.lanes.tolist())
+    look.completed_step_count = event.completed_steps
+    look.total_step_count = event.total_steps
+    codec.pack(convert(event.estimates, plan.form), look.estimates)
+    return into
 
 
-def results(plan: Sampling, event: Finished) -> Iterator[generation_service_pb2.SampleResponse]:
-    """Finished samples, in messages of about 1 MiB."""
+def results(
+    plan: Sampling, event: Finished, new: Callable[[], generation_service_pb2.SampleResponse]
+) -> Iterator[generation_service_pb2.SampleResponse]:
+    """Finished samples, in messages of about 1 MiB, each filled into a new one."""
     samples = convert(event.outputs[plan.samples], plan.form)
     latents = event.outputs[plan.latents] if plan.latents else None
     row_bytes = samples[:1].nbytes + (0 if latents is None else latents[:1].nbytes)
@@ -102,64 +111,77 @@ def results(plan: Sampling, event: Finished) -> Iterator[generation_service_pb2.
         lanes = event.lanes[rows]
         # Lanes that arrive together cost the same each; a message that holds a part of them tells that part's cost.
         share = replace(event.cost, evaluations=event.cost.evaluations * len(lanes) // len(samples))
-        result = generation_service_pb2.SampleResult(
-            sample_indices=lanes.tolist(), samples=codec.encode(samples[rows]), stats=stats(share)
-        )
+        message = new()
+        result = message.result
+        result.sample_indices.extend(lanes.tolist())
+        codec.pack(samples[rows], result.samples)
+        tell(share, result.stats)
         if latents is not None:
-            result.latents.CopyFrom(codec.encode(latents[rows]))
+            codec.pack(latents[rows], result.latents)
         if plan.labels is not None:
             result.class_labels.extend(plan.labels[lanes].tolist())
-        yield generation_service_pb2.SampleResponse(result=result)
+        yield message
 
 
-def encoded(plan: Encoding, gathered: Gathered) -> generation_service_pb2.EncodeResponse:
+def encoded(
+    plan: Encoding, gathered: Gathered, into: generation_service_pb2.EncodeResponse
+) -> generation_service_pb2.EncodeResponse:
     """Latents and the posterior they come from."""
     latents = mean = gathered.outputs[plan.latents]
-    response = generation_service_pb2.EncodeResponse(stats=stats(gathered.cost))
+    tell(gathered.cost, into.stats)
     if plan.log_variance:
         log_variance = gathered.outputs[plan.log_variance]
-        response.normal.mean.CopyFrom(codec.encode(mean))
-        response.normal.log_variance.CopyFrom(codec.encode(log_variance))
+        codec.pack(mean, into.normal.mean)
+        codec.pack(log_variance, into.normal.log_variance)
         if plan.seed is not None:
             latents = mean + np.exp(log_variance / 2) * _normals(plan.seed, mean, Purpose.POSTERIOR, plan.stream)
     elif plan.bernoulli:
-        response.bernoulli.probability.CopyFrom(codec.encode(mean))
+        codec.pack(mean, into.bernoulli.probability)
         if plan.seed is not None:
             latents = (_uniforms(plan.seed, mean, plan.stream) < mean).astype(np.float32)
     elif plan.categorical:
-        response.categorical.probability.CopyFrom(codec.encode(mean))
+        codec.pack(mean, into.categorical.probability)
         if plan.seed is not None:
             latents = _one_hot_draws(plan.seed, mean, plan.stream)
-    response.latents.CopyFrom(codec.encode(latents))
-    return response
+    codec.pack(latents, into.latents)
+    return into
 
 
-def diffused(plan: Diffusing) -> generation_service_pb2.EncodeResponse:
+def diffused(
+    plan: Diffusing, into: generation_service_pb2.EncodeResponse
+) -> generation_service_pb2.EncodeResponse:
     """A draw from q(x_t | x0) = N(alpha x0, sigma^2 I)."""
     noises = _normals(plan.seed, plan.samples, Purpose.FORWARD)
     latents = np.float32(plan.alpha) * plan.samples + np.float32(plan.sigma) * noises
-    return generation_service_pb2.EncodeResponse(latents=codec.encode(latents), stats=stats(Cost()))
+    codec.pack(latents, into.latents)
+    tell(Cost(), into.stats)
+    return into
 
 
-def decoded(plan: Decoding, gathered: Gathered) -> generation_service_pb2.DecodeResponse:
+def decoded(
+    plan: Decoding, gathered: Gathered, into: generation_service_pb2.DecodeResponse
+) -> generation_service_pb2.DecodeResponse:
     """Samples of latents."""
-    samples = to_tensor(gathered.outputs[plan.samples], plan.form)
-    return generation_service_pb2.DecodeResponse(samples=samples, stats=stats(gathered.cost))
+    codec.pack(convert(gathered.outputs[plan.samples], plan.form), into.samples)
+    tell(gathered.cost, into.stats)
+    return into
 
 
-def denoised(plan: Denoising, gathered: Gathered) -> generation_service_pb2.DenoiseStepResponse:
+def denoised(
+    plan: Denoising, gathered: Gathered, into: generation_service_pb2.DenoiseStepResponse
+) -> generation_service_pb2.DenoiseStepResponse:
     """One evaluation, and one step where it was asked for."""
-    response = generation_service_pb2.DenoiseStepResponse(
-        denoised_samples=codec.encode(gathered.outputs["denoised"]),
-        noise_estimates=codec.encode(gathered.outputs["noise"]),
-        stats=stats(gathered.cost),
-    )
+    codec.pack(gathered.outputs["denoised"], into.denoised_samples)
+    codec.pack(gathered.outputs["noise"], into.noise_estimates)
     if plan.stepped:
-        response.next_samples.CopyFrom(codec.encode(gathered.outputs["sample"]))
-    return response
+        codec.pack(gathered.outputs["sample"], into.next_samples)
+    tell(gathered.cost, into.stats)
+    return into
 
 
-def scored(plan: Scoring, gathered: Gathered) -> generation_service_pb2.ScoreResponse:
+def scored(
+    plan: Scoring, gathered: Gathered, into: generation_service_pb2.ScoreResponse
+) -> generation_service_pb2.ScoreResponse:
     """One number a row.
 
     K draws of a bound are combined inside each class as ln mean exp, which makes them the importance weighted
@@ -171,33 +193,36 @@ def scored(plan: Scoring, gathered: Gathered) -> generation_service_pb2.ScoreRes
     else:
         by_class = _log_sum_exp(values) - math.log(plan.draw_count)
         reduced = _log_sum_exp(by_class + plan.log_prior)
-    return generation_service_pb2.ScoreResponse(values=reduced.tolist(), type=plan.type, stats=stats(gathered.cost))
+    into.values.extend(reduced.tolist())
+    into.type = plan.type
+    tell(gathered.cost, into.stats)
+    return into
 
 
-def loop_opened(loop: Loop, position: LoopPosition, queue_depth: int) -> generation_service_pb2.LoopState:
+def loop_opened(
+    loop: Loop, position: LoopPosition, queue_depth: int, into: generation_service_pb2.LoopState
+) -> generation_service_pb2.LoopState:
     """A loop before its first step."""
-    return generation_service_pb2.LoopState(
-        accepted=accepted(loop.sampling, queue_depth),
-        timestep=position.current,
-        remaining_timesteps=position.remaining,
-    )
+    _accept(loop.sampling, queue_depth, into.accepted)
+    _stand(position, into)
+    return into
 
 
 def loop_stepped(
-    loop: Loop, position: LoopPosition, step: LoopStep, gathered: Gathered
+    loop: Loop, position: LoopPosition, step: LoopStep, gathered: Gathered, into: generation_service_pb2.LoopState
 ) -> generation_service_pb2.LoopState:
     """A loop after a step that led to `position`. The state travels as float32 only where it was asked for."""
-    state = generation_service_pb2.LoopState(timestep=position.current, remaining_timesteps=position.remaining)
-    state.step.denoised_samples.CopyFrom(to_tensor(gathered.outputs["denoised"], loop.sampling.form))
+    _stand(position, into)
+    codec.pack(convert(gathered.outputs["denoised"], loop.sampling.form), into.step.denoised_samples)
     if step.state_requested:
-        state.step.next_samples.CopyFrom(codec.encode(gathered.outputs["sample"]))
-    state.step.stats.CopyFrom(stats(gathered.cost))
-    return state
+        codec.pack(gathered.outputs["sample"], into.step.next_samples)
+    tell(gathered.cost, into.step.stats)
+    return into
 
 
-def to_tensor(samples: Array, form: OutputForm) -> tensor_pb2.Tensor:
-    """Samples as they leave. `samples`: [n, *sample] f32 in the model's range."""
-    return codec.encode(convert(samples, form))
+def _stand(position: LoopPosition, into: generation_service_pb2.LoopState) -> None:
+    into.timestep = position.current
+    into.remaining_timesteps.extend(position.remaining)
 
 
 def convert(samples: Array, form: OutputForm) -> Array:

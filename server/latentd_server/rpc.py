@@ -10,8 +10,8 @@ from google.protobuf.message import Message
 from latentd.v1 import generation_service_pb2, generation_service_pb2_grpc
 
 from latentd_server.accounts import Account
-from latentd_server.delivery import Outbox, Source
-from latentd_server.exchange import Door, SampleExchange, SingleExchange
+from latentd_server.delivery import Outbox
+from latentd_server.exchange import Door, Fill, SampleExchange, SingleExchange
 from latentd_server.failures import DrainingError
 from latentd_server.handling import Context, Tally, echo, guarded, peer_of
 from latentd_server.stream import OUTBOX_BYTES, Session
@@ -111,7 +111,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
     async def _answer(self, method: str, request: Message, context: Context) -> Any:
         peer = peer_of(context)
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        exchange = SingleExchange(self._door, peer, method, _FutureReply(answer))
+        exchange = SingleExchange(self._door, peer, method, _FutureReply(answer, _ANSWERS[method]))
 
         async def serve() -> Message:
             exchange.start(request, self._deadline(context))
@@ -127,18 +127,27 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         return None if remaining is None else self._door.clock() + remaining
 
 
+_ANSWERS: dict[str, type[Message]] = {
+    "Encode": generation_service_pb2.EncodeResponse,
+    "Decode": generation_service_pb2.DecodeResponse,
+    "DenoiseStep": generation_service_pb2.DenoiseStepResponse,
+    "Score": generation_service_pb2.ScoreResponse,
+}
+
+
 class _FutureReply:
     """Answers a unary call."""
 
-    def __init__(self, answer: asyncio.Future[Message]) -> None:
+    def __init__(self, answer: asyncio.Future[Message], kind: type[Message]) -> None:
         self._answer = answer
+        self.new = kind
 
     def send(self, response: Message, size: int, *, final: bool) -> None:
         """Set the answer."""
         if not self._answer.done():  # cancelled, and the engine not told yet
             self._answer.set_result(response)
 
-    def send_later(self, source: Source) -> None:
+    def send_later(self, fill: Fill) -> None:
         """A unary call has one answer."""
         raise TypeError("a unary call takes one answer")
 
@@ -149,7 +158,9 @@ class _FutureReply:
 
 
 class _OutboxReply:
-    """Answers a call with a stream of its own."""
+    """Answers a Sample call."""
+
+    new = generation_service_pb2.SampleResponse
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
@@ -160,9 +171,20 @@ class _OutboxReply:
         if final:
             self._outbox.close()
 
-    def send_later(self, source: Source) -> None:
+    def send_later(self, fill: Fill) -> None:
         """Add messages that are made when it is their turn."""
-        self._outbox.put_source(source)
+
+        def make() -> list[Message]:
+            messages: list[Message] = []
+
+            def new() -> Message:
+                messages.append(self.new())
+                return messages[-1]
+
+            fill(new)
+            return messages
+
+        self._outbox.put_source(make)
 
     def fail(self, error: Exception) -> None:
         """End behind what waits."""

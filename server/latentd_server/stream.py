@@ -23,7 +23,7 @@ from latentd.v1 import generation_service_pb2 as pb
 from latentd_server import errors
 from latentd_server.accounts import Peer
 from latentd_server.delivery import Outbox, Source
-from latentd_server.exchange import Door, Exchange, LoopExchange, SampleExchange, SingleExchange
+from latentd_server.exchange import Door, Exchange, Fill, LoopExchange, SampleExchange, SingleExchange
 from latentd_server.failures import (
     CancelledError,
     DrainingError,
@@ -211,26 +211,42 @@ class IdReply:
         self._id = request_id
         self._field = field
 
+    def new(self) -> Any:
+        """An empty response inside the message it will travel in."""
+        self._draft = pb.StreamResponse(id=self._id)
+        return getattr(self._draft, self._field)
+
     def send(self, response: Message, size: int, *, final: bool) -> None:
-        """Pass on a response."""
-        self._session.put(self._wrapped(response, final), size)
+        """Pass on the response that `new` gave."""
+        if final:
+            self._draft.final = True
+        self._session.put(self._draft, size)
         if final:
             self._session.end(self._id, "OK", "")
         else:
             self._session.close_if_done()
 
-    def send_later(self, source: Source) -> None:
+    def send_later(self, fill: Fill) -> None:
         """Pass on responses that are made when it is their turn."""
-        self._session.put_source(lambda: [self._wrapped(response, False) for response in source()])
+
+        def make() -> list[Message]:
+            messages: list[Message] = []
+
+            def new() -> Any:
+                response = self.new()
+                messages.append(self._draft)
+                return response
+
+            fill(new)
+            return messages
+
+        self._session.put_source(make)
 
     def fail(self, error: Exception) -> None:
         """End this id without a (further) answer."""
         refusal = errors.refusal(error)
         self._session.put(pb.StreamResponse(id=self._id, final=True, error=refusal.stream_error), 0)
         self._session.end(self._id, refusal.code.name, refusal.reason)
-
-    def _wrapped(self, response: Any, final: bool) -> pb.StreamResponse:
-        return pb.StreamResponse(id=self._id, final=final, **{self._field: response})
 
 
 def _packed(responses: list[pb.StreamResponse]) -> pb.StreamResponse:

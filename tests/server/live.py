@@ -63,8 +63,10 @@ class Live:
     def stream(self, *requests: pb.StreamRequest) -> dict[int, list[pb.StreamResponse]]:
         """Send requests on one Stream, all at once; what came back, by id."""
         answers: dict[int, list[pb.StreamResponse]] = {}
-        for response in self.stub.Stream(iter(requests), timeout=60):
-            answers.setdefault(response.id, []).append(response)
+        for message in self.stub.Stream(iter(requests), timeout=60):
+            packed = message.WhichOneof("response") == "batch"
+            for response in message.batch.responses if packed else (message,):
+                answers.setdefault(response.id, []).append(response)
         return answers
 
     def loop(self, request: pb.SampleRequest) -> np.ndarray[Any, Any]:

@@ -89,7 +89,7 @@ def values(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 
 STREAM = pb.StreamRequest.DESCRIPTOR
-KINDS = [field for field in STREAM.oneofs_by_name["request"].fields if field.name != "cancel"]
+KINDS = [field for field in STREAM.oneofs_by_name["request"].fields if field.name not in ("cancel", "batch")]
 
 
 def requests(field: FieldDescriptor) -> st.SearchStrategy[pb.StreamRequest]:
@@ -103,10 +103,14 @@ def requests(field: FieldDescriptor) -> st.SearchStrategy[pb.StreamRequest]:
 
 
 @settings(deadline=None, max_examples=250)
-@given(batch=st.lists(st.one_of([requests(field) for field in KINDS]), min_size=1, max_size=8))
-def test_no_message_makes_the_server_fail(batch: list[pb.StreamRequest], live: Live) -> None:
-    """Every error is one of the caller's, with a reason; every id ends; the engine holds nothing afterwards."""
-    answers = live.stream(*batch)
+@given(batch=st.lists(st.one_of([requests(field) for field in KINDS]), min_size=1, max_size=8), together=st.booleans())
+def test_no_message_makes_the_server_fail(batch: list[pb.StreamRequest], together: bool, live: Live) -> None:
+    """Every error is one of the caller's, with a reason; every id ends; the engine holds nothing afterwards.
+
+    Whether the requests come one by one or several in a message.
+    """
+    wire = [pb.StreamRequest(batch=pb.StreamRequestBatch(requests=batch))] if together else batch
+    answers = live.stream(*wire)
     for request in batch:
         responses = answers[request.id]
         assert responses[-1].final

@@ -66,7 +66,7 @@ def test_results_travel_in_messages_of_about_a_mebibyte(held: dict[str, Any]) ->
     latents = np.zeros((count, LATENT), np.float32)
     cost = replace(COST, evaluations=count)
     event = Finished(np.arange(count), {"sample": samples, "z": latents}, cost, last=True)
-    messages = list(respond.results(plan, event))
+    messages = list(respond.results(plan, event, pb.SampleResponse))
     assert [len(message.result.sample_indices) for message in messages] == [3] * 13 + [1]
     sent = [index for message in messages for index in message.result.sample_indices]
     assert sent == list(range(count))
@@ -80,7 +80,7 @@ def test_diffusion_results_carry_no_latents(held: dict[str, Any]) -> None:
     """There are none: the noise a walk began with is in the seed."""
     plan = resolve.sample(pb.SampleRequest(), held[D], 0, LIMITS)
     event = Finished(np.arange(1), {"sample": np.zeros((1, *SHAPE), np.float32)}, COST, last=True)
-    (message,) = respond.results(plan, event)
+    (message,) = respond.results(plan, event, pb.SampleResponse)
     assert not message.result.HasField("latents")
     assert len(message.result.class_labels) == 1
 
@@ -89,18 +89,20 @@ def test_a_preview_says_how_far_its_samples_are(held: dict[str, Any]) -> None:
     """Indices, steps done, steps in all, and estimates in the type that was asked for."""
     plan = resolve.sample(pb.SampleRequest(sample_count=2, output_data_type=3), held[D], 0, LIMITS)
     look = Preview(np.array([1]), 4, 10, np.ones((1, *SHAPE), np.float32))
-    preview = respond.preview(plan, look).preview
+    preview = respond.preview(plan, look, pb.SampleResponse()).preview
     assert (list(preview.sample_indices), preview.completed_step_count, preview.total_step_count) == ([1], 4, 10)
     assert tensor.decode(preview.estimates).tolist() == np.full((1, *SHAPE), 255).tolist()
 
 
 def test_the_cost_of_a_response() -> None:
     """Durations, evaluations, and the mean batch over the batches."""
-    stats = respond.stats(COST)
+    stats, nothing = pb.ExecutionStats(), pb.ExecutionStats()
+    respond.tell(COST, stats)
+    respond.tell(Cost(), nothing)
     assert stats.queue_duration.ToTimedelta().total_seconds() == 0.25
     assert stats.compute_duration.ToTimedelta().total_seconds() == 1.5
     assert (stats.evaluation_count, stats.mean_batch_size) == (12, 2.5)
-    assert respond.stats(Cost()).mean_batch_size == 0
+    assert nothing.mean_batch_size == 0
 
 
 def test_lanes_are_put_in_order_as_they_finish() -> None:
@@ -121,7 +123,7 @@ def encoding(held: dict[str, Any], seed: int | None) -> Encoding:
 def test_an_encoder_answers_with_its_posterior_and_the_mean(held: dict[str, Any]) -> None:
     """Without a seed the latents are the mean."""
     mean = np.arange(2 * LATENT, dtype=np.float32).reshape(2, LATENT)
-    response = respond.encoded(encoding(held, None), gathered(mean=mean, log_variance=mean / 7))
+    response = respond.encoded(encoding(held, None), gathered(mean=mean, log_variance=mean / 7), pb.EncodeResponse())
     assert tensor.decode(response.latents).tolist() == mean.tolist()
     assert tensor.decode(response.normal.mean).tolist() == mean.tolist()
     assert tensor.decode(response.normal.log_variance).tolist() == (mean / 7).tolist()
@@ -131,7 +133,7 @@ def test_a_posterior_draw_is_mean_plus_deviation_times_noise(held: dict[str, Any
     """Row i draws by (seed, i): mean + exp(log variance / 2) z."""
     mean = np.ones((2, LATENT), np.float32)
     log_variance = np.full((2, LATENT), math.log(4), np.float32)
-    response = respond.encoded(encoding(held, 9), gathered(mean=mean, log_variance=log_variance))
+    response = respond.encoded(encoding(held, 9), gathered(mean=mean, log_variance=log_variance), pb.EncodeResponse())
     z = noise.normals(np.full(2, 9), np.arange(2), np.zeros(2, np.int64), Purpose.POSTERIOR, LATENT)
     np.testing.assert_allclose(tensor.decode(response.latents), 1 + 2 * z, rtol=1e-6)
 
@@ -141,10 +143,10 @@ def test_bernoulli_units_are_drawn_or_given_as_probabilities(held: dict[str, Any
     job = encoding(held, 1).job
     probability = np.tile(np.array([0.0, 0.3, 1.0], np.float32), (4000, 1))
     plan = Encoding(job, "p", bernoulli=True, seed=1)
-    drawn = tensor.decode(respond.encoded(plan, gathered(p=probability)).latents)
+    drawn = tensor.decode(respond.encoded(plan, gathered(p=probability), pb.EncodeResponse()).latents)
     assert set(np.unique(drawn)) == {0.0, 1.0}
     np.testing.assert_allclose(drawn.mean(axis=0), [0, 0.3, 1], atol=0.03)
-    response = respond.encoded(Encoding(job, "p", bernoulli=True), gathered(p=probability))
+    response = respond.encoded(Encoding(job, "p", bernoulli=True), gathered(p=probability), pb.EncodeResponse())
     assert tensor.decode(response.latents).tolist() == probability.tolist()
     assert response.WhichOneof("posterior") == "bernoulli"
 
@@ -153,7 +155,7 @@ def test_a_class_posterior_is_drawn_as_one_hot(held: dict[str, Any]) -> None:
     """A draw names one class, never one of probability zero, in proportion to the probabilities."""
     probability = np.tile(np.array([0.0, 0.25, 0.75, 0.0], np.float32), (4000, 1))
     plan = Encoding(encoding(held, 1).job, "p", categorical=True, seed=1)
-    response = respond.encoded(plan, gathered(p=probability))
+    response = respond.encoded(plan, gathered(p=probability), pb.EncodeResponse())
     drawn = tensor.decode(response.latents)
     assert drawn.sum(axis=1).tolist() == [1] * 4000
     np.testing.assert_allclose(drawn.mean(axis=0), [0, 0.25, 0.75, 0], atol=0.03)
@@ -165,7 +167,7 @@ def test_the_forward_process_is_alpha_x0_plus_sigma_noise(held: dict[str, Any]) 
     x0 = np.random.default_rng(0).standard_normal((3, *SHAPE)).astype(np.float32)
     request = pb.EncodeRequest(samples=tensor.encode(x0), forward_timestep=40, seed=5)
     plan = resolve.encode(request, held[D], LIMITS)
-    latents = tensor.decode(respond.diffused(plan).latents)  # type: ignore[arg-type]
+    latents = tensor.decode(respond.diffused(plan, pb.EncodeResponse()).latents)  # type: ignore[arg-type]
     alpha, sigma = held[D].schedule.level(40)
     z = noise.normals(np.full(3, 5), np.arange(3), np.zeros(3, np.int64), Purpose.FORWARD, 16).reshape(x0.shape)
     np.testing.assert_allclose(latents, alpha * x0 + sigma * z, rtol=1e-5, atol=1e-6)
@@ -179,7 +181,7 @@ def test_draws_of_a_bound_combine_as_log_mean_exp_and_classes_by_their_prior(hel
     """The score is ln sum_y p(y) (1/K) sum_k exp(value): IWAE-K inside a class, the law of total probability across."""
     values = np.random.default_rng(0).normal(-80, 3, (2, 3, 4)).astype(np.float32)
     plan = scoring(held, draw_count=4)
-    response = respond.scored(plan, gathered(bound=values.reshape(-1)))
+    response = respond.scored(plan, gathered(bound=values.reshape(-1)), pb.ScoreResponse())
     with np.errstate(under="ignore"):
         want = np.log((np.array([0.5, 0.25, 0.25]) * np.exp(values.astype(np.float64)).mean(axis=2)).sum(axis=1))
     np.testing.assert_allclose(response.values, want, rtol=1e-9)
@@ -188,7 +190,7 @@ def test_draws_of_a_bound_combine_as_log_mean_exp_and_classes_by_their_prior(hel
 
 def test_a_score_of_minus_infinity_stays_one(held: dict[str, Any]) -> None:
     """A sample that no class can make has probability zero, without a warning or a NaN."""
-    response = respond.scored(scoring(held, draw_count=1), gathered(bound=np.full(6, -np.inf, np.float32)))
+    response = respond.scored(scoring(held, draw_count=1), gathered(bound=np.full(6, -np.inf, np.float32)), pb.ScoreResponse())
     assert list(response.values) == [-math.inf, -math.inf]
 
 
@@ -196,7 +198,7 @@ def test_extreme_bounds_do_not_overflow(held: dict[str, Any]) -> None:
     """The sums are shifted by their largest term."""
     condition = pb.Condition(class_label=0)
     plan = scoring(held, draw_count=2, condition=condition)
-    response = respond.scored(plan, gathered(bound=np.array([-5e3, -5e3, 5e3, 5e3], np.float32)))
+    response = respond.scored(plan, gathered(bound=np.array([-5e3, -5e3, 5e3, 5e3], np.float32)), pb.ScoreResponse())
     np.testing.assert_allclose(response.values, [-5e3, 5e3])
 
 
@@ -205,6 +207,6 @@ def test_a_critics_opinion_is_passed_on(labels: list[int], held: dict[str, Any])
     """P(real) is no likelihood: nothing is summed."""
     request = pb.ScoreRequest(samples=images(2), condition=pb.Condition(class_labels=labels))
     plan = resolve.score(request, held["tiny-gan"], LIMITS)
-    response = respond.scored(plan, gathered(real=np.array([0.25, 0.75], np.float32)))
+    response = respond.scored(plan, gathered(real=np.array([0.25, 0.75], np.float32)), pb.ScoreResponse())
     assert list(response.values) == [0.25, 0.75]
     assert response.type == pb.ScoreResponse.TYPE_REAL_PROBABILITY
