@@ -12,7 +12,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +19,7 @@ from latentd.v1 import bundle_pb2
 
 from latentd_server.admission import Admission, Bounds
 from latentd_server.failures import DeadlineError, DrainingError, RuntimeFailureError, ServingError
-from latentd_server.job import Event, Failed, Finished, Job, Preview, StepJob
+from latentd_server.job import Cost, Event, Failed, Finished, Job, Preview, StepJob
 from latentd_server.points import Points
 from latentd_server.priority import Priority
 from latentd_server.runners import Outcome, Runner, evaluate
@@ -343,7 +342,8 @@ class Engine:
         lanes = np.arange(cohort.start, cohort.stop)
         if arrival.done:
             assert outcome.outputs is not None
-            cost = replace(cohort.cost, evaluations=cohort.cost.evaluations * cohort.count)
+            each = cohort.cost
+            cost = Cost(each.queue_s, each.compute_s, each.evaluations * cohort.count, each.batches, each.rows)
             self._outbox.append((entry.job_id, Finished(lanes, outcome.outputs, cost, arrival.last)))
             if arrival.last:
                 self._forget(entry)

@@ -66,6 +66,7 @@ class Registry:
         self._terms = Terms(device, threads, max_rows, strict, cache or CertificateCache(None))
         self._held: dict[ModelReference, _Held] = {}
         self._listeners: list[Listener] = []
+        self._answering: dict[str, Servable] = {}  # by reference, as `get` found them since the last change of state
 
     def subscribe(self, listener: Listener) -> None:
         """Hear of every change of state from now on."""
@@ -94,8 +95,11 @@ class Registry:
             ModelLoadingError: it is on its way.
             ModelFailedError: it could not be loaded.
         """
+        if (known := self._answering.get(reference)) is not None:
+            return known
         held = self._find(reference)
         if held.state == model_pb2.Model.STATE_ACTIVE and held.servable is not None:
+            self._answering[reference] = held.servable
             return held.servable
         if held.state == model_pb2.Model.STATE_LOADING:
             raise ModelLoadingError(str(held.reference))
@@ -194,5 +198,6 @@ class Registry:
 
     def _change(self, held: _Held, state: "model_pb2.Model.State.ValueType") -> None:
         held.state = state
+        self._answering.clear()
         for listener in self._listeners:
             listener(str(held.reference), state)

@@ -147,9 +147,7 @@ def encoded(
     return into
 
 
-def diffused(
-    plan: Diffusing, into: generation_service_pb2.EncodeResponse
-) -> generation_service_pb2.EncodeResponse:
+def diffused(plan: Diffusing, into: generation_service_pb2.EncodeResponse) -> generation_service_pb2.EncodeResponse:
     """A draw from q(x_t | x0) = N(alpha x0, sigma^2 I)."""
     noises = _normals(plan.seed, plan.samples, Purpose.FORWARD)
     latents = np.float32(plan.alpha) * plan.samples + np.float32(plan.sigma) * noises

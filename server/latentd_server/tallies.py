@@ -1,8 +1,8 @@
 """What is counted for every single request, in plain numbers that become Prometheus families when somebody scrapes.
 
-The Prometheus library takes a lock and several calls for each count, and a request has nine: with small networks that is
-a fifth of what the event loop spends on it. These numbers have one writer, the event loop's thread, and need no lock;
-a scrape from another thread may find a request half counted, as it may find one half done.
+The Prometheus library takes a lock and several calls for each count, and a request has nine. With small networks that
+is a seventh of what the event loop spends on a request. These numbers have one writer, the event loop's thread, and
+need no lock; a scrape from another thread may find a request half counted, as it may find one half done.
 """
 
 from bisect import bisect_left

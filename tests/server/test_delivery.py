@@ -251,3 +251,15 @@ def test_looks_at_finished_lanes_are_dropped() -> None:
     previews.drop(np.array([0, 1]))
     assert previews.take() == []
     assert previews.add(look([3], 1))
+
+
+async def test_what_waits_is_packed_up_to_about_a_mebibyte() -> None:
+    """In order; what is made later, and what would make the message too big, goes out on its own or in the next."""
+    outbox = box(limit_bytes=2**30)
+    outbox.pack = lambda messages: Int32Value(value=int("".join(str(message.value) for message in messages)))
+    for value, size in ((1, 0), (2, 2**19), (3, 2**19), (4, 1), (5, 0)):
+        outbox.put(message(value), size)
+    outbox.put_source(lambda: [message(6), message(7)])
+    outbox.put(message(8))
+    outbox.close()
+    assert await rest(outbox) == [123, 45, 678]

@@ -190,7 +190,9 @@ def test_draws_of_a_bound_combine_as_log_mean_exp_and_classes_by_their_prior(hel
 
 def test_a_score_of_minus_infinity_stays_one(held: dict[str, Any]) -> None:
     """A sample that no class can make has probability zero, without a warning or a NaN."""
-    response = respond.scored(scoring(held, draw_count=1), gathered(bound=np.full(6, -np.inf, np.float32)), pb.ScoreResponse())
+    response = respond.scored(
+        scoring(held, draw_count=1), gathered(bound=np.full(6, -np.inf, np.float32)), pb.ScoreResponse()
+    )
     assert list(response.values) == [-math.inf, -math.inf]
 
 

@@ -437,3 +437,43 @@ async def test_a_drained_server_ends_streams_behind_their_answers(
     with pytest.raises(aio.AioRpcError) as caught:
         await call.read()
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def batch(*requests: pb.StreamRequest) -> pb.StreamRequest:
+    """Several requests in one message."""
+    return Request(batch=pb.StreamRequestBatch(requests=requests))
+
+
+async def test_requests_of_one_message_are_taken_up_as_if_each_had_come_alone(call: Any, engine: ManualEngine) -> None:
+    """In order: what is wrong with one of them is its own, and a batch inside a batch is one of those."""
+    await call.write(batch(Request(id=1, decode=DECODE), Request(id=2), batch(), Request(id=3, decode=DECODE)))
+    await until(lambda: len(engine.jobs) == 2)
+    refused = (await call.read()).batch.responses
+    assert [(response.id, response.final, reason(response)) for response in refused] == [
+        (2, True, "FIELD_INVALID"),
+        (0, True, "FIELD_INVALID"),
+    ]
+
+
+async def test_answers_that_are_ready_together_come_in_one_message(call: Any, engine: ManualEngine) -> None:
+    """In order, and only to a client that has sent a batch, were it empty."""
+    await call.write(batch())
+    for request_id in (1, 2, 3):
+        await call.write(Request(id=request_id, decode=DECODE))
+    await until(lambda: len(engine.jobs) == 3)
+    for job in (2, 3, 1):
+        engine.finish(job)
+    message = await call.read()
+    assert [response.id for response in message.batch.responses] == [2, 3, 1]
+    assert all(response.final for response in message.batch.responses)
+    assert not message.final
+
+
+async def test_a_client_that_sends_no_batch_gets_none(call: Any, engine: ManualEngine) -> None:
+    """Clients older than batches read on."""
+    for request_id in (1, 2):
+        await call.write(Request(id=request_id, decode=DECODE))
+    await until(lambda: len(engine.jobs) == 2)
+    for job in (1, 2):
+        engine.finish(job)
+    assert [(await call.read()).id for _ in range(2)] == [1, 2]
