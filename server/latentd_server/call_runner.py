@@ -1,6 +1,5 @@
 """One evaluation a row: decoders, encoders, scorers. From segments to one call of a plain graph and back."""
 
-import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,20 +153,32 @@ def _feed(
     target: Array, feeds: list[Array | Noise], jobs: list[CallJob], lanes: list[slice], spans: list[slice]
 ) -> None:
     """Fill one input: rows that were given are copied, noise is drawn for all rows that want it together."""
-    draws = {uniform: Draws() for uniform in (False, True)}
-    drawn: dict[bool, list[tuple[slice, float]]] = {uniform: [] for uniform in draws}
-    for feed, job, own, span in zip(feeds, jobs, lanes, spans, strict=True):
-        if not isinstance(feed, Noise):
-            target[span] = feed[own]
+    given, places, noises = [], [], []
+    for index, feed in enumerate(feeds):
+        if isinstance(feed, Noise):
+            noises.append(index)
+        else:
+            given.append(feed[lanes[index]])
+            places.append(index)
+    if not noises:
+        np.concatenate(given, out=target[: spans[-1].stop], casting="same_kind")
+        return
+    for index, rows in zip(places, given, strict=True):
+        target[spans[index]] = rows
+    for uniform in (False, True):
+        draws, wanted = Draws(), []
+        for index in noises:
+            feed, job, own = feeds[index], jobs[index], lanes[index]
+            assert isinstance(feed, Noise)
+            if feed.uniform == uniform:
+                samples, numbers = job.sample_indices[own].tolist(), job.draw_indices[own].tolist()
+                draws.want(noise.word(feed.purpose, feed.stream), job.seed, samples, numbers)
+                wanted.append((spans[index], feed.scale))
+        if not wanted:
             continue
-        samples, numbers = job.sample_indices[own].tolist(), job.draw_indices[own].tolist()
-        draws[feed.uniform].want(noise.word(feed.purpose, feed.stream), job.seed, samples, numbers)
-        drawn[feed.uniform].append((span, feed.scale))
-    for uniform, wanted in draws.items():
-        if not len(wanted):
-            continue
-        values = wanted.draw(target[0].size, uniform=uniform).reshape(-1, *target.shape[1:])
-        stops = itertools.accumulate(span.stop - span.start for span, _ in drawn[uniform])
-        for (span, scale), stop in zip(drawn[uniform], stops, strict=True):
-            part = values[stop - (span.stop - span.start) : stop]
+        values = draws.draw(target[0].size, uniform=uniform).reshape(-1, *target.shape[1:])
+        done = 0
+        for span, scale in wanted:
+            part = values[done : done + span.stop - span.start]
             target[span] = part if scale == 1.0 else np.float32(scale) * part
+            done += len(part)
