@@ -48,6 +48,55 @@ POD_MONITOR = {
     },
 }
 
+# And of its PrometheusRule.
+PROMETHEUS_RULE = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "monitoring.coreos.com/v1"},
+        "kind": {"const": "PrometheusRule"},
+        "metadata": {"type": "object"},
+        "spec": {
+            "type": "object",
+            "required": ["groups"],
+            "additionalProperties": False,
+            "properties": {
+                "groups": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {
+                        "type": "object",
+                        "required": ["name", "rules"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "name": {"type": "string"},
+                            "rules": {
+                                "type": "array",
+                                "minItems": 1,
+                                "items": {
+                                    "type": "object",
+                                    "required": ["alert", "expr", "labels", "annotations"],
+                                    "additionalProperties": False,
+                                    "properties": {
+                                        "alert": {"type": "string", "pattern": "^[A-Z][A-Za-z]+$"},
+                                        "expr": {"type": "string"},
+                                        "for": {"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"},
+                                        "labels": {"type": "object", "required": ["severity"]},
+                                        "annotations": {"type": "object", "required": ["summary", "description"]},
+                                    },
+                                },
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+_OPERATOR_SCHEMAS = {"PodMonitor": POD_MONITOR, "PrometheusRule": PROMETHEUS_RULE}
+
 # Fields whose values the API server checks and the published schemas do not, by the end of their path.
 ENUMS = {
     ("seccompProfile", "type"): {"RuntimeDefault", "Localhost", "Unconfined"},
@@ -72,8 +121,8 @@ ENUMS = {
 def _schema_problem(text: str, version: str) -> str | None:
     item = json.loads(text)
     try:
-        if item["kind"] == "PodMonitor":
-            jsonschema.validate(item, POD_MONITOR)
+        if schema := _OPERATOR_SCHEMAS.get(item["kind"]):
+            jsonschema.validate(item, schema)
         elif kubernetes_validate.validate(item, version, strict=True) != version:
             return f"has no schema for {version}"
     except kubernetes_validate.SchemaNotFoundError as error:

@@ -1,10 +1,12 @@
 """Where the manifests repeat what the server decides, the two must agree."""
 
+import re
 from collections.abc import Iterator
 
 import latentd
 from latentd_server.config import ENVIRONMENT_PREFIX, Config, ConfigError, read
 from latentd_server.health import LIVENESS
+from latentd_server.metrics import Metrics
 from manifests import Object, of_kind, pods
 
 SPARE_S = 10
@@ -112,9 +114,26 @@ def images(objects: list[Object]) -> Iterator[str]:
             yield f"{origin} has {'a' if on_gpu else 'no'} GPU and the device {device}"
 
 
-RULES = [settings, grace, probes, ports, images]
+def alerts(objects: list[Object]) -> Iterator[str]:
+    """Alerts are about series that the server has, by labels that they have."""
+    metrics = Metrics()
+    metrics.self_checked("m@1", "mismatch")
+    known = {sample.name: sample.labels.keys() for family in metrics.registry.collect() for sample in family.samples}
+    for item in of_kind(objects, "PrometheusRule"):
+        for rule in (rule for group in item["spec"]["groups"] for rule in group["rules"]):
+            for series, matchers in re.findall(r"(latentd_\w+)(?:{([^}]*)})?", rule["expr"]):
+                if series not in known:
+                    yield f"{rule['alert']}: the server has no series {series}"
+                    continue
+                for label in re.findall(r"(\w+)\s*[=!~]+", matchers):
+                    if label not in known[series]:
+                        yield f"{rule['alert']}: {series} has no label {label}"
+
+
+RULES = [settings, grace, probes, ports, images, alerts]
 POD = "spec.template.spec"
 MAIN = f"{POD}.containers.0"
+EXPRESSION = "spec.groups.0.rules.0.expr"
 # As in test_manifests.py: kind, path, new value, complaint.
 PLANTED = [
     ("ConfigMap", "data.LATENTD_MODLES", "/models", "LATENTD_MODLES is no setting of the server"),
@@ -140,5 +159,7 @@ PLANTED = [
         {"cpu": "2", "memory": "1Gi", "nvidia.com/gpu": 1},
         "has a GPU and the device cpu",
     ),
+    ("PrometheusRule", EXPRESSION, "latentd_self_check_total > 0", "the server has no series latentd_self_check_total"),
+    ("PrometheusRule", EXPRESSION, 'latentd_self_checks_total{reslt="a"} > 0', "has no label reslt"),
     ("ConfigMap", "data.LATENTD_DEVICE", "cuda:0", "has no GPU and the device cuda:0"),
 ]

@@ -26,6 +26,8 @@ PLANTED = [
     ("Service", "kind", "Servise", "Couldn't find schema for kind Servise"),
     ("PodMonitor", "spec.podMetricsEndpoints.0.prot", "http", "'prot' was unexpected"),
     ("PodMonitor", "spec.podMetricsEndpoints.0.port", 9090, "is not of type 'string'"),
+    ("PrometheusRule", "spec.groups.0.rules.0.for", "soon", "'soon' does not match"),
+    ("PrometheusRule", "spec.groups.0.rules.0.labels", {}, "'severity' is a required property"),
     # values that schemas leave open
     ("Deployment", f"{POD}.securityContext.seccompProfile.type", "RuntimeDefaullt", "RuntimeDefaullt is none of"),
     ("Deployment", "spec.strategy.type", "Rolling", "Rolling is none of"),
