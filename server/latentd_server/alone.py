@@ -26,6 +26,11 @@ class Alone:
         """See `runners.Runner`."""
         self._runner.warm()
 
+    @property
+    def held(self) -> int:
+        """Lanes whose state it keeps."""
+        return self._runner.held
+
     def padded(self, rows: int) -> int:
         """No call is padded."""
         return rows

@@ -134,7 +134,7 @@ async def serving(config: Config, device: Device, points: Points | None = None) 
         self_check_interval_s=config.self_check_interval,
         points=points,
     )
-    metrics.watch(lambda: engine.backlog, lambda: engine.queue_depth)
+    metrics.watch(lambda: engine.backlog, lambda: engine.queue_depth, lambda: engine.lanes_held)
     threads = config.threads or default_threads()
     registry = Registry(
         config.models,

@@ -80,6 +80,11 @@ class CallRunner:
         self._frames: dict[int, _Frame] = {}  # the first that was made of each, whose twins the others are
         self._captures: dict[int, int] = {}  # CUDA graphs by size
 
+    @property
+    def held(self) -> int:
+        """Nothing is kept between calls."""
+        return 0
+
     def padded(self, rows: int) -> int:
         """Rows of the call, padding counted, that so many live rows need."""
         return self._buckets.fit(rows)

@@ -114,6 +114,11 @@ class Engine:
         return len(self._sinks)
 
     @property
+    def lanes_held(self) -> int:
+        """Samples whose state the device keeps."""
+        return sum(runner.held for runner in list(self._runners.values()))
+
+    @property
     def draining(self) -> bool:
         """Whether new work is refused."""
         return self._draining
@@ -211,8 +216,10 @@ class Engine:
     def _deliver(self, events: list[tuple[int, Event]]) -> None:
         for job_id, event in events:
             sink = self._sinks.get(job_id)
-            if sink is None:
-                continue  # cancelled while its batch ran
+            if sink is None:  # cancelled while its batch ran
+                if isinstance(event, Finished):
+                    self._metrics.evaluations_wasted(event.cost.evaluations)
+                continue
             if isinstance(event, Failed) or (isinstance(event, Finished) and event.last):
                 self._forget_sink(job_id)
             try:

@@ -127,6 +127,7 @@ class Exchange(ABC):
         self._priority = Priority.NORMAL
         self._job_id: int | None = None
         self._paused = False
+        self._unanswered = 0  # evaluations of lanes that are done and not in any answer yet
 
     def start(self, request: Any, deadline: float | None, priority: Priority | None = None) -> None:
         """Begin; with a priority of its own, or by the call's metadata.
@@ -152,6 +153,7 @@ class Exchange(ABC):
             self._preview(event)
         elif isinstance(event, Finished):
             respond.add_cost(self.account.cost, event.cost)
+            self._unanswered += event.cost.evaluations
             if event.last:
                 self._job_id = None
             self._finished(event)
@@ -175,6 +177,9 @@ class Exchange(ABC):
         if self._job_id is not None:
             self._door.engine.cancel(self._job_id)
             self._job_id = None
+        if self._unanswered:
+            self._door.metrics.evaluations_wasted(self._unanswered)
+            self._unanswered = 0
         self.account.close(code, reason)
 
     def _servable(self, reference: str) -> Servable:
@@ -239,7 +244,12 @@ class SingleExchange(Exchange):
             plan = self._plan
             self.account.samples = plan.row_count if isinstance(plan, Scoring) else plan.job.lane_count
             size = sum(values.nbytes for values in self._gathered.outputs.values())
+<<<<<<< Updated upstream
             self.reply.send(self._answer(plan, self._gathered, self.reply.new()), size, final=True)
+=======
+            self._unanswered = 0
+            self.reply.send(self._answer(self._plan, self._gathered), size, final=True)
+>>>>>>> Stashed changes
 
 
 class SampleExchange(Exchange):
@@ -259,6 +269,7 @@ class SampleExchange(Exchange):
 
     def _finished(self, event: Finished) -> None:
         self._previews.drop(event.lanes)
+        self._unanswered = 0
         self.account.samples += len(event.lanes)
         left = len(event.lanes)
         size = sum(values.nbytes for values in event.outputs.values())
@@ -340,6 +351,7 @@ class LoopExchange(Exchange):
         if not event.last or self._step is None:
             return
         step, self._step = self._step, None
+        self._unanswered = 0
         outputs = self._gathered.outputs
         self._position = loops.stepped(self._position, step, outputs["sample"], outputs["history"])
         state = respond.loop_stepped(self._loop, self._position, step, self._gathered, self.reply.new())

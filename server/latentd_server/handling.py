@@ -27,6 +27,8 @@ from latentd_server.failures import FieldsInvalidError, ReaderTooSlowError, Viol
 Context = aio.ServicerContext[Any, Any]
 Answer = TypeVar("Answer")
 
+_SAME_DEADLINE_S = 0.1
+"""A deadline travels as time left, so the client's passes before ours, and its cancel may be heard first."""
 _MAX_HEADER = 128  # characters of a caller's name or request id that are kept
 
 
@@ -146,15 +148,20 @@ def _leave_word(refusal: errors.Refusal, context: Context, peer: Peer) -> None:
     task.add_done_callback(_left.discard)
 
 
+def _why_cut_off(context: Context) -> str:
+    left_s = context.time_remaining()
+    return "CANCELLED" if left_s is None or left_s > _SAME_DEADLINE_S else "DEADLINE_EXCEEDED"
+
+
 async def guarded(work: Awaitable[Answer], end: Callable[[str, str], None], context: Context, peer: Peer) -> Answer:
     """Await a handler's work; tell its end to the books, and its failure to the caller."""
     try:
         answer = await work
     except asyncio.CancelledError:
-        end("DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED", "")
+        end(_why_cut_off(context), "")
         raise
     except aio.InternalError:  # raised by a write to a call that is over
-        end("CANCELLED", "")
+        end(_why_cut_off(context), "")
         raise asyncio.CancelledError from None
     except Exception as error:
         refusal = errors.refusal(error)

@@ -78,6 +78,9 @@ class Metrics:
         )
         self._backlog = Gauge("latentd_backlog_evaluations", "Evaluations accepted and not yet run.", registry=registry)
         self._queue_depth = Gauge("latentd_queue_depth", "Jobs accepted and unfinished.", registry=registry)
+        self._lanes_held = Gauge(
+            "latentd_lanes_held", "Samples under way whose state the device keeps.", registry=registry
+        )
         self._model_state = Gauge(
             "latentd_model_state", "1 for the state a model is in, else 0.", ["model", "state"], registry=registry
         )
@@ -93,10 +96,13 @@ class Metrics:
         """Say what runs, and on what device."""
         self._build.labels(version, device).set(1)
 
-    def watch(self, backlog: Callable[[], float], queue_depth: Callable[[], float]) -> None:
-        """Read two gauges from the engine whenever somebody scrapes."""
+    def watch(
+        self, backlog: Callable[[], float], queue_depth: Callable[[], float], lanes_held: Callable[[], float]
+    ) -> None:
+        """Read these gauges from the engine whenever somebody scrapes."""
         self._backlog.set_function(backlog)
         self._queue_depth.set_function(queue_depth)
+        self._lanes_held.set_function(lanes_held)
 
     def request_began(self, method: str) -> None:
         """Count a request in. This and the next three are the event loop's own."""

@@ -95,6 +95,10 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         account = Account(self._door.metrics, self._door.clock, peer, "Stream")
         session = Session(self._door, peer, self._deadline(context))
 
+        def end(code: str, reason: str) -> None:
+            session.abandon(code, reason)
+            account.close(code, reason)
+
         async def serve() -> None:
             if self._door.engine.draining:
                 raise DrainingError
@@ -104,7 +108,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         self._sessions.add(session)
         try:
             with self._streams:
-                await guarded(serve(), account.close, context, peer)
+                await guarded(serve(), end, context, peer)
         finally:
             self._sessions.discard(session)
 

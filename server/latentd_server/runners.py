@@ -49,6 +49,10 @@ class Runner(Protocol):
     def finish(self, prepared: Any, results: Any) -> list[Outcome]:
         """One outcome a segment, in order. That of a job which was forgotten since means nothing."""
 
+    @property
+    def held(self) -> int:
+        """Lanes whose state it keeps; may be asked from any thread."""
+
     def padded(self, rows: int) -> int:
         """Rows of the call, padding counted, that so many live rows need."""
 

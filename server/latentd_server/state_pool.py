@@ -23,6 +23,11 @@ class Slots:
         self._free: list[int] = []
         self.count = PADDING + 1  # that were ever in use, the padding's among them
 
+    @property
+    def taken(self) -> int:
+        """How many somebody owns."""
+        return self.count - len(self._free) - 1
+
     def take(self) -> int:
         """A slot that nobody owns; the last one freed is the first one taken."""
         if self._free:

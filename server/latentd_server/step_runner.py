@@ -192,6 +192,11 @@ class StepRunner:
         self._frames: dict[int, _Frame] = {}  # the first that was made of each, whose twins the others are
         self._on_device = {size: _OnDevice() for size in buckets.sizes}
 
+    @property
+    def held(self) -> int:
+        """Slots that lanes have."""
+        return self._slots.taken
+
     def padded(self, rows: int) -> int:
         """Rows of the call, padding counted, that so many live rows need."""
         return self._buckets.fit(rows)

@@ -29,7 +29,6 @@ from latentd_server.failures import (
     DrainingError,
     FieldsInvalidError,
     QuotaExceededError,
-    ReaderTooSlowError,
     Violation,
 )
 from latentd_server.handling import Junk
@@ -66,20 +65,18 @@ class Session:
         """Serve the stream until both sides are done with it.
 
         Raises:
-            ReaderTooSlowError: the client reads nothing; everything that was open is given up.
+            ReaderTooSlowError: the client reads nothing.
         """
         reader = asyncio.create_task(self._read(requests))
-        left_open = ("CANCELLED", "")
         try:
             await self._outbox.deliver(write)
-        except ReaderTooSlowError as error:
-            refusal = errors.refusal(error)
-            left_open = (refusal.code.name, refusal.reason)
-            raise
         finally:
             reader.cancel()
-            for exchange in self._open.values():
-                exchange.end(*left_open)
+
+    def abandon(self, code: str, reason: str) -> None:
+        """The call is over, and with it whatever is still open."""
+        for exchange in self._open.values():
+            exchange.end(code, reason)
 
     def shut(self) -> None:
         """The server goes down: give up what is open, and end the stream behind what waits to be written."""

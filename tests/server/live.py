@@ -15,15 +15,17 @@ from latentd.v1 import generation_service_pb2 as pb
 from latentd.v1 import generation_service_pb2_grpc
 from latentd_server.app import Serving, serving
 from latentd_server.config import Config
+from latentd_server.points import Points
 from latentd_server.runtime import Device
 
 
 class Live:
     """Runs from construction to `stop`."""
 
-    def __init__(self, root: Path, **fields: Any) -> None:
+    def __init__(self, root: Path, points: Points | None = None, **fields: Any) -> None:
         local = "127.0.0.1:0"
         fields.setdefault("cache", "off")
+        self._points = points
         self._config = Config(models=root, listen=local, http=local, threads=1, **fields)
         self._loop = uvloop.new_event_loop()
         self._leave = asyncio.Event()
@@ -35,7 +37,7 @@ class Live:
         self.stub = generation_service_pb2_grpc.GenerationServiceStub(self.channel)
 
     async def _serve(self) -> None:
-        async with serving(self._config, Device("cpu")) as self.serving:
+        async with serving(self._config, Device("cpu"), self._points) as self.serving:
             while self.serving.health.why_not_serving:  # noqa: ASYNC110  # once, at start
                 await asyncio.sleep(0.01)
             self._ready.set()
@@ -55,6 +57,10 @@ class Live:
     def unfinished(self) -> int:
         """Jobs the engine holds."""
         return self.serving.engine.queue_depth
+
+    def turn(self) -> None:
+        """Let the server's event loop do what it was asked to until now."""
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(60)
 
     def sample(self, request: pb.SampleRequest) -> bytes:
         """The samples of a request in order, as bytes, with their latents and labels."""

@@ -4,6 +4,8 @@ import books
 import pytest
 from latentd_server.metrics import Metrics
 
+GAUGES = ("backlog_evaluations", "queue_depth", "lanes_held")
+
 
 def test_a_request_that_began_and_did_not_end_is_found() -> None:
     """By the gauge, and by the counters alone; once it has ended the books balance."""
@@ -26,12 +28,12 @@ def test_a_request_that_ended_twice_is_found() -> None:
     assert "1 requests of Decode began and 2 ended" in books.unsettled(metrics.exposition().decode())
 
 
-@pytest.mark.parametrize("gauge", ["backlog_evaluations", "queue_depth"])
+@pytest.mark.parametrize("gauge", GAUGES)
 def test_an_engine_that_holds_something_is_found(gauge: str) -> None:
-    """Its backlog and its depth are gauges that must come to zero; models that are active are no matter."""
+    """Its backlog, its depth and its lanes are gauges that must come to zero; models that are active are no matter."""
     metrics = Metrics()
     metrics.model_state("m@1", 3)
     metrics.running("1.0", "cpu")
-    metrics.watch(lambda: gauge == "backlog_evaluations", lambda: gauge == "queue_depth")
+    metrics.watch(*(lambda name=name: name == gauge for name in GAUGES))
     with pytest.raises(AssertionError, match=f"does not come to rest: latentd_{gauge} is 1$"):
         books.must_rest(lambda: metrics.exposition().decode(), patience_s=0)

@@ -46,7 +46,7 @@ def test_a_batch_counts_live_rows_and_padding_apart(metrics: Metrics) -> None:
 def test_gauges_are_read_when_somebody_scrapes(metrics: Metrics) -> None:
     """The engine is asked for its backlog and its depth each time."""
     backlog = [3]
-    metrics.watch(lambda: backlog[0], lambda: 1)
+    metrics.watch(lambda: backlog[0], lambda: 1, lambda: 0)
     assert value(metrics.registry, "latentd_backlog_evaluations") == 3
     backlog[0] = 9
     assert value(metrics.registry, "latentd_backlog_evaluations") == 9
