@@ -244,12 +244,8 @@ class SingleExchange(Exchange):
             plan = self._plan
             self.account.samples = plan.row_count if isinstance(plan, Scoring) else plan.job.lane_count
             size = sum(values.nbytes for values in self._gathered.outputs.values())
-<<<<<<< Updated upstream
-            self.reply.send(self._answer(plan, self._gathered, self.reply.new()), size, final=True)
-=======
             self._unanswered = 0
-            self.reply.send(self._answer(self._plan, self._gathered), size, final=True)
->>>>>>> Stashed changes
+            self.reply.send(self._answer(plan, self._gathered, self.reply.new()), size, final=True)
 
 
 class SampleExchange(Exchange):
