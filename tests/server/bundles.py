@@ -18,11 +18,11 @@ LATENT = 3
 CLASSES = ("zero", "one", "two")
 TIMESTEPS = 100
 
-_F32 = TensorProto.FLOAT
-_I64 = TensorProto.INT64
-_IN = bundle_pb2.NetworkInput
-_OUT = bundle_pb2.NetworkOutput
-_NET = bundle_pb2.Network
+F32 = TensorProto.FLOAT
+I64 = TensorProto.INT64
+IN = bundle_pb2.NetworkInput
+OUT = bundle_pb2.NetworkOutput
+NET = bundle_pb2.Network
 
 Inputs = Sequence[tuple[str, int, int, tuple[int, ...]]]  # name, source, onnx type, shape
 Outputs = Sequence[tuple[str, int, tuple[int, ...]]]  # name, meaning, shape
@@ -33,7 +33,7 @@ def _graph(nodes: list[Any], inputs: Inputs, outputs: Outputs, weights: dict[str
         nodes,
         "tiny",
         [helper.make_tensor_value_info(name, dtype, ("batch", *shape)) for name, _, dtype, shape in inputs],
-        [helper.make_tensor_value_info(name, _F32, ("batch", *shape)) for name, _, shape in outputs],
+        [helper.make_tensor_value_info(name, F32, ("batch", *shape)) for name, _, shape in outputs],
         [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -41,13 +41,15 @@ def _graph(nodes: list[Any], inputs: Inputs, outputs: Outputs, weights: dict[str
     return bytes(model.SerializeToString())
 
 
-def _network(directory: Path, role: int, nodes: list[Any], inputs: Inputs, outputs: Outputs, weights: dict[str, Any]):
-    name = _NET.Role.Name(role).removeprefix("ROLE_").lower() + ".onnx"
+def add_network(
+    directory: Path, role: int, nodes: list[Any], inputs: Inputs, outputs: Outputs, weights: dict[str, Any]
+):
+    name = NET.Role.Name(role).removeprefix("ROLE_").lower() + ".onnx"
     data = _graph(nodes, inputs, outputs, weights)
     (directory / name).write_bytes(data)
-    network = _NET(role=role, file=name, sha256=hashlib.sha256(data).hexdigest())
+    network = NET(role=role, file=name, sha256=hashlib.sha256(data).hexdigest())
     for input_name, source, dtype, shape in inputs:
-        data_type = tensor_pb2.DATA_TYPE_INT64 if dtype == _I64 else tensor_pb2.DATA_TYPE_FLOAT32
+        data_type = tensor_pb2.DATA_TYPE_INT64 if dtype == I64 else tensor_pb2.DATA_TYPE_FLOAT32
         spec = model_pb2.TensorSpec(data_type=data_type, shape=shape)
         network.inputs.add(name=input_name, source=source, spec=spec)
     for output_name, meaning, shape in outputs:
@@ -56,11 +58,13 @@ def _network(directory: Path, role: int, nodes: list[Any], inputs: Inputs, outpu
     return network
 
 
-def _spec(shape: Sequence[int], low: float = 0.0, high: float = 0.0) -> model_pb2.TensorSpec:
+def spec_of(shape: Sequence[int], low: float = 0.0, high: float = 0.0) -> model_pb2.TensorSpec:
+    """A float32 value of this shape and range."""
     return model_pb2.TensorSpec(data_type=tensor_pb2.DATA_TYPE_FLOAT32, shape=shape, min_value=low, max_value=high)
 
 
-def _write(directory: Path, model: model_pb2.Model, networks: Sequence[bundle_pb2.Network]) -> Path:
+def write_bundle(directory: Path, model: model_pb2.Model, networks: Sequence[bundle_pb2.Network]) -> Path:
+    """Write bundle.json beside its graphs; the directory."""
     bundle = bundle_pb2.Bundle(format_version=BUNDLE_FORMAT_VERSION, model=model, networks=networks)
     bundle.model.digest = bundle_digest(bundle)
     (directory / BUNDLE_FILE).write_text(MessageToJson(bundle))
@@ -72,13 +76,15 @@ def _weights(seed: int, **shapes: tuple[int, ...]) -> dict[str, Any]:
     return {name: (generator.standard_normal(shape) / 3).astype(np.float32) for name, shape in shapes.items()}
 
 
-def _start(root: Path, name: str, version: int) -> Path:
+def begin(root: Path, name: str, version: int) -> Path:
+    """Make the directory of a bundle."""
     directory = root / name / str(version)
     directory.mkdir(parents=True)
     return directory
 
 
-def _image_shape() -> dict[str, Any]:
+def image_shape() -> dict[str, Any]:
+    """Constants that reshape to images and to rows."""
     return {"to_image": np.array([-1, *SHAPE], np.int64), "to_flat": np.array([-1, 16], np.int64)}
 
 
@@ -106,7 +112,7 @@ def write_diffusion(
 
     A leaky one takes the mean over the batch away.
     """
-    directory = _start(root, name, version)
+    directory = begin(root, name, version)
     weights = _weights(seed, w1=(16, 32), w2=(32, 16), times=(TIMESTEPS, 32), labels=(len(CLASSES) + 1, 32))
     nodes = [
         helper.make_node("Reshape", ["x", "to_flat"], ["flat"]),
@@ -120,17 +126,17 @@ def write_diffusion(
         *_leak("out", "kept", leaky),
         helper.make_node("Reshape", ["kept", "to_image"], ["prediction"]),
     ]
-    network = _network(
+    network = add_network(
         directory,
-        _NET.ROLE_DENOISER,
+        NET.ROLE_DENOISER,
         nodes,
         [
-            ("x", _IN.SOURCE_SAMPLE, _F32, SHAPE),
-            ("t", _IN.SOURCE_TIMESTEP, _I64, ()),
-            ("y", _IN.SOURCE_CLASS_LABEL, _I64, ()),
+            ("x", IN.SOURCE_SAMPLE, F32, SHAPE),
+            ("t", IN.SOURCE_TIMESTEP, I64, ()),
+            ("y", IN.SOURCE_CLASS_LABEL, I64, ()),
         ],
-        [("prediction", _OUT.MEANING_PREDICTION, SHAPE)],
-        weights | _image_shape() | {"one": np.array(1, np.int64), "batch_axis": np.array([0], np.int64)},
+        [("prediction", OUT.MEANING_PREDICTION, SHAPE)],
+        weights | image_shape() | {"one": np.array(1, np.int64), "batch_axis": np.array([0], np.int64)},
     )
     angle = (np.arange(TIMESTEPS) + 1) / (TIMESTEPS + 1) * np.pi / 2
     model = model_pb2.Model(
@@ -142,8 +148,8 @@ def write_diffusion(
             model_pb2.Model.METHOD_DECODE,
             model_pb2.Model.METHOD_DENOISE,
         ],
-        sample_spec=_spec(SHAPE, -1, 1),
-        latent_spec=_spec(SHAPE),
+        sample_spec=spec_of(SHAPE, -1, 1),
+        latent_spec=spec_of(SHAPE),
         class_names=CLASSES,
         class_probabilities=[0.5, 0.25, 0.25],
         diffusion=model_pb2.DiffusionSpec(
@@ -156,12 +162,12 @@ def write_diffusion(
             guidance_supported=guidance,
         ),
     )
-    return _write(directory, model, [network])
+    return write_bundle(directory, model, [network])
 
 
 def write_vae(root: Path, name: str = "tiny-vae", version: int = 1, seed: int = 1) -> Path:
     """Decoder with a mean and a draw, label-free encoder, one-draw bound."""
-    directory = _start(root, name, version)
+    directory = begin(root, name, version)
     decode = [
         helper.make_node("MatMul", ["z", "w"], ["hidden"]),
         helper.make_node("Gather", ["labels", "y"], ["label"]),
@@ -176,36 +182,36 @@ def write_vae(root: Path, name: str = "tiny-vae", version: int = 1, seed: int = 
     ]
     weights = _weights(seed, w=(LATENT, 16), labels=(len(CLASSES), 16))
     constants = {"half": np.float32(0.5), "minus": np.float32(-1), "plus": np.float32(1)}
-    decoder = _network(
+    decoder = add_network(
         directory,
-        _NET.ROLE_DECODER,
+        NET.ROLE_DECODER,
         decode + draw,
         [
-            ("z", _IN.SOURCE_LATENT, _F32, (LATENT,)),
-            ("y", _IN.SOURCE_CLASS_LABEL, _I64, ()),
-            ("u", _IN.SOURCE_UNIFORM_NOISE, _F32, SHAPE),
+            ("z", IN.SOURCE_LATENT, F32, (LATENT,)),
+            ("y", IN.SOURCE_CLASS_LABEL, I64, ()),
+            ("u", IN.SOURCE_UNIFORM_NOISE, F32, SHAPE),
         ],
-        [("sample", _OUT.MEANING_SAMPLE, SHAPE), ("draw", _OUT.MEANING_SAMPLE_DRAW, SHAPE)],
-        weights | constants | {"to_image": _image_shape()["to_image"]},
+        [("sample", OUT.MEANING_SAMPLE, SHAPE), ("draw", OUT.MEANING_SAMPLE_DRAW, SHAPE)],
+        weights | constants | {"to_image": image_shape()["to_image"]},
     )
-    encoder = _network(
+    encoder = add_network(
         directory,
-        _NET.ROLE_ENCODER,
+        NET.ROLE_ENCODER,
         [
             helper.make_node("Reshape", ["x", "to_flat"], ["flat"]),
             helper.make_node("MatMul", ["flat", "w_mean"], ["mean"]),
             helper.make_node("MatMul", ["flat", "w_log_variance"], ["log_variance"]),
         ],
-        [("x", _IN.SOURCE_SAMPLE, _F32, SHAPE)],
+        [("x", IN.SOURCE_SAMPLE, F32, SHAPE)],
         [
-            ("mean", _OUT.MEANING_LATENT_MEAN, (LATENT,)),
-            ("log_variance", _OUT.MEANING_LATENT_LOG_VARIANCE, (LATENT,)),
+            ("mean", OUT.MEANING_LATENT_MEAN, (LATENT,)),
+            ("log_variance", OUT.MEANING_LATENT_LOG_VARIANCE, (LATENT,)),
         ],
-        _weights(seed + 1, w_mean=(16, LATENT), w_log_variance=(16, LATENT)) | {"to_flat": _image_shape()["to_flat"]},
+        _weights(seed + 1, w_mean=(16, LATENT), w_log_variance=(16, LATENT)) | {"to_flat": image_shape()["to_flat"]},
     )
-    scorer = _network(
+    scorer = add_network(
         directory,
-        _NET.ROLE_SCORER,
+        NET.ROLE_SCORER,
         [
             *decode,
             helper.make_node("Sub", ["x", "sample"], ["difference"]),
@@ -214,12 +220,12 @@ def write_vae(root: Path, name: str = "tiny-vae", version: int = 1, seed: int = 
             helper.make_node("Neg", ["distance"], ["bound"]),
         ],
         [
-            ("x", _IN.SOURCE_SAMPLE, _F32, SHAPE),
-            ("y", _IN.SOURCE_CLASS_LABEL, _I64, ()),
-            ("z", _IN.SOURCE_NORMAL_NOISE, _F32, (LATENT,)),
+            ("x", IN.SOURCE_SAMPLE, F32, SHAPE),
+            ("y", IN.SOURCE_CLASS_LABEL, I64, ()),
+            ("z", IN.SOURCE_NORMAL_NOISE, F32, (LATENT,)),
         ],
-        [("bound", _OUT.MEANING_EVIDENCE_LOWER_BOUND, ())],
-        weights | {"to_image": _image_shape()["to_image"], "image_axes": np.array([1, 2, 3], np.int64)},
+        [("bound", OUT.MEANING_EVIDENCE_LOWER_BOUND, ())],
+        weights | {"to_image": image_shape()["to_image"], "image_axes": np.array([1, 2, 3], np.int64)},
     )
     model = model_pb2.Model(
         name=f"{name}@{version}",
@@ -230,20 +236,20 @@ def write_vae(root: Path, name: str = "tiny-vae", version: int = 1, seed: int = 
             model_pb2.Model.METHOD_DECODE,
             model_pb2.Model.METHOD_SCORE,
         ],
-        sample_spec=_spec(SHAPE, -1, 1),
-        latent_spec=_spec((LATENT,)),
+        sample_spec=spec_of(SHAPE, -1, 1),
+        latent_spec=spec_of((LATENT,)),
         class_names=CLASSES,
         class_probabilities=[0.5, 0.25, 0.25],
     )
-    return _write(directory, model, [decoder, encoder, scorer])
+    return write_bundle(directory, model, [decoder, encoder, scorer])
 
 
 def write_gan(root: Path, name: str = "tiny-gan", version: int = 1, seed: int = 3, *, leaky: bool = False) -> Path:
     """Generator and discriminator of one layer each. A leaky generator takes the mean over the batch away."""
-    directory = _start(root, name, version)
-    generator = _network(
+    directory = begin(root, name, version)
+    generator = add_network(
         directory,
-        _NET.ROLE_DECODER,
+        NET.ROLE_DECODER,
         [
             helper.make_node("MatMul", ["z", "w"], ["hidden"]),
             helper.make_node("Gather", ["labels", "y"], ["label"]),
@@ -252,14 +258,14 @@ def write_gan(root: Path, name: str = "tiny-gan", version: int = 1, seed: int = 
             *_leak("flat", "kept", leaky),
             helper.make_node("Reshape", ["kept", "to_image"], ["sample"]),
         ],
-        [("z", _IN.SOURCE_LATENT, _F32, (LATENT,)), ("y", _IN.SOURCE_CLASS_LABEL, _I64, ())],
-        [("sample", _OUT.MEANING_SAMPLE, SHAPE)],
+        [("z", IN.SOURCE_LATENT, F32, (LATENT,)), ("y", IN.SOURCE_CLASS_LABEL, I64, ())],
+        [("sample", OUT.MEANING_SAMPLE, SHAPE)],
         _weights(seed, w=(LATENT, 16), labels=(len(CLASSES), 16))
-        | {"to_image": _image_shape()["to_image"], "batch_axis": np.array([0], np.int64)},
+        | {"to_image": image_shape()["to_image"], "batch_axis": np.array([0], np.int64)},
     )
-    discriminator = _network(
+    discriminator = add_network(
         directory,
-        _NET.ROLE_SCORER,
+        NET.ROLE_SCORER,
         [
             helper.make_node("Reshape", ["x", "to_flat"], ["flat"]),
             helper.make_node("Gather", ["labels", "y"], ["label"]),
@@ -267,62 +273,62 @@ def write_gan(root: Path, name: str = "tiny-gan", version: int = 1, seed: int = 
             helper.make_node("ReduceSum", ["product", "axis"], ["logit"], keepdims=0),
             helper.make_node("Sigmoid", ["logit"], ["real"]),
         ],
-        [("x", _IN.SOURCE_SAMPLE, _F32, SHAPE), ("y", _IN.SOURCE_CLASS_LABEL, _I64, ())],
-        [("real", _OUT.MEANING_REAL_PROBABILITY, ())],
+        [("x", IN.SOURCE_SAMPLE, F32, SHAPE), ("y", IN.SOURCE_CLASS_LABEL, I64, ())],
+        [("real", OUT.MEANING_REAL_PROBABILITY, ())],
         _weights(seed + 1, labels=(len(CLASSES), 16))
-        | {"to_flat": _image_shape()["to_flat"], "axis": np.array([1], np.int64)},
+        | {"to_flat": image_shape()["to_flat"], "axis": np.array([1], np.int64)},
     )
     model = model_pb2.Model(
         name=f"{name}@{version}",
         family=model_pb2.Model.FAMILY_GAN,
         methods=[model_pb2.Model.METHOD_SAMPLE, model_pb2.Model.METHOD_DECODE, model_pb2.Model.METHOD_SCORE],
-        sample_spec=_spec(SHAPE, -1, 1),
-        latent_spec=_spec((LATENT,)),
+        sample_spec=spec_of(SHAPE, -1, 1),
+        latent_spec=spec_of((LATENT,)),
         class_names=CLASSES,
     )
-    return _write(directory, model, [generator, discriminator])
+    return write_bundle(directory, model, [generator, discriminator])
 
 
 def write_echo(root: Path, name: str = "tiny-echo", version: int = 1) -> Path:
     """Binary latents with a uniform prior; a decoder and an encoder that show the noise their inputs were fed."""
-    directory = _start(root, name, version)
-    decoder = _network(
+    directory = begin(root, name, version)
+    decoder = add_network(
         directory,
-        _NET.ROLE_DECODER,
+        NET.ROLE_DECODER,
         [
             helper.make_node("Concat", ["z", "u", "n", "v"], ["flat"], axis=1),
             helper.make_node("Reshape", ["flat", "to_image"], ["sample"]),
         ],
         [
-            ("z", _IN.SOURCE_LATENT, _F32, (4,)),
-            ("u", _IN.SOURCE_UNIFORM_NOISE, _F32, (4,)),
-            ("n", _IN.SOURCE_NORMAL_NOISE, _F32, (4,)),
-            ("v", _IN.SOURCE_UNIFORM_NOISE, _F32, (4,)),
+            ("z", IN.SOURCE_LATENT, F32, (4,)),
+            ("u", IN.SOURCE_UNIFORM_NOISE, F32, (4,)),
+            ("n", IN.SOURCE_NORMAL_NOISE, F32, (4,)),
+            ("v", IN.SOURCE_UNIFORM_NOISE, F32, (4,)),
         ],
-        [("sample", _OUT.MEANING_SAMPLE, SHAPE)],
-        {"to_image": _image_shape()["to_image"]},
+        [("sample", OUT.MEANING_SAMPLE, SHAPE)],
+        {"to_image": image_shape()["to_image"]},
     )
-    encoder = _network(
+    encoder = add_network(
         directory,
-        _NET.ROLE_ENCODER,
+        NET.ROLE_ENCODER,
         [
             helper.make_node("Reshape", ["x", "to_flat"], ["flat"]),
             helper.make_node("Mul", ["flat", "zero"], ["nothing"]),
             helper.make_node("ReduceSum", ["nothing", "axis"], ["offset"], keepdims=1),
             helper.make_node("Add", ["u", "offset"], ["probability"]),
         ],
-        [("x", _IN.SOURCE_SAMPLE, _F32, SHAPE), ("u", _IN.SOURCE_UNIFORM_NOISE, _F32, (4,))],
-        [("probability", _OUT.MEANING_LATENT_PROBABILITY, (4,))],
-        {"to_flat": _image_shape()["to_flat"], "zero": np.float32(0), "axis": np.array([1], np.int64)},
+        [("x", IN.SOURCE_SAMPLE, F32, SHAPE), ("u", IN.SOURCE_UNIFORM_NOISE, F32, (4,))],
+        [("probability", OUT.MEANING_LATENT_PROBABILITY, (4,))],
+        {"to_flat": image_shape()["to_flat"], "zero": np.float32(0), "axis": np.array([1], np.int64)},
     )
     model = model_pb2.Model(
         name=f"{name}@{version}",
         family=model_pb2.Model.FAMILY_SIGMOID_BELIEF_NET,
         methods=[model_pb2.Model.METHOD_SAMPLE, model_pb2.Model.METHOD_ENCODE, model_pb2.Model.METHOD_DECODE],
-        sample_spec=_spec(SHAPE, -1, 1),
-        latent_spec=_spec((4,), 0, 1),
+        sample_spec=spec_of(SHAPE, -1, 1),
+        latent_spec=spec_of((4,), 0, 1),
     )
-    return _write(directory, model, [decoder, encoder])
+    return write_bundle(directory, model, [decoder, encoder])
 
 
 def write_all(root: Path) -> Path:
