@@ -38,7 +38,7 @@ from latentd_server.plans import Limits
 from latentd_server.points import Points
 from latentd_server.ports import why_not_bound
 from latentd_server.rpc import GenerationService
-from latentd_server.runtime import Device, choose_device, default_threads
+from latentd_server.runtime import CudaSettings, Device, choose_device, default_threads
 
 LINGER_SECONDS = 0.5
 """How long a draining server refuses calls in words (UNAVAILABLE, DRAINING) before it closes its port, after which
@@ -87,7 +87,7 @@ def run(config: Config) -> None:
     """
     _tune_malloc()
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # the library leaves it untyped
-    device = choose_device(config.device)
+    device = choose_device(config.device, _cuda_settings(config))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve_until_told(config, device))
 
@@ -199,6 +199,15 @@ async def _drain(seconds: float, health: Health, engine: Engine, service: Genera
     except TimeoutError:
         log.warning("%d jobs are given up after %g s", engine.queue_depth, seconds)
     await asyncio.sleep(max(0.0, LINGER_SECONDS - (time.monotonic() - began)))
+
+
+def _cuda_settings(config: Config) -> CudaSettings:
+    return CudaSettings(
+        tf32=config.tf32 == "on",
+        graphs=config.cuda_graphs == "on",
+        memory_mib=config.gpu_memory_mib,
+        arena=config.gpu_arena,
+    )
 
 
 def _limits(config: Config) -> Limits:

@@ -88,6 +88,18 @@ class Config(BaseModel):
     device: Annotated[str, AfterValidator(_device)] = Field(
         "auto", description="auto (a GPU if there is one that can be used), cpu, or cuda:N"
     )
+    gpu_memory_mib: int = Field(
+        0, ge=0, description="MiB of GPU memory that the arena of one network may grow to; 0 is no limit"
+    )
+    gpu_arena: Literal["exact", "double"] = Field(
+        "exact", description="how that arena grows: by exactly what is asked for, or doubling, with fewer allocations"
+    )
+    cuda_graphs: Literal["on", "off"] = Field(
+        "on", description="whether calls are recorded as CUDA graphs, one for each size, and replayed"
+    )
+    tf32: Literal["off", "on"] = Field(
+        "off", description="whether GPUs may round inputs of products to TF32, for speed; changes every byte"
+    )
     determinism: Literal["strict", "none"] = Field(
         "strict",
         description="strict: equal requests give equal bytes whatever the load; none: nothing is promised or tried",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -43,12 +43,12 @@ class DeviceError(Exception):
 
 @dataclass(frozen=True)
 class CudaSettings:
-    """What may be chosen of ONNX Runtime's CUDA provider. All of it can change bytes or memory, not results."""
+    """What may be chosen of ONNX Runtime's CUDA provider."""
 
     tf32: bool = False  # matrix products and convolutions with 10 bits of mantissa
     graphs: bool = True  # record the calls of every bucket as CUDA graphs
     memory_mib: int = 0  # that one network's arena may grow to; 0 is no limit
-    arena: str = "exact"  # how it grows: "exact", by what is asked for, or "double", by powers of two
+    arena: Literal["exact", "double"] = "exact"  # how it grows: by what is asked for, or by powers of two
 
     def provider_options(self, index: int) -> dict[str, str]:
         """As ONNX Runtime names them."""
@@ -192,7 +192,7 @@ class Memory:
             )
         self._value = None
         if device.has_memory:
-            self._value = twin._value if twin else _on_gpu([max(1, size)], np.uint8, device)
+            self._value = twin._value if twin else _room(max(1, size), device)
 
     def address(self, name: str) -> int:
         """Where the device finds an array."""
@@ -210,8 +210,8 @@ class Memory:
             self._bytes[:] = self._value.numpy()
 
 
-def _on_gpu(shape: Sequence[int], dtype: Any, device: Device) -> Any:
-    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, "cuda", device.index)
+def _room(size: int, device: Device) -> Any:
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type([size], np.uint8, device.kind, device.index)
 
 
 class BoundGraph:

@@ -57,7 +57,7 @@ class StatePool:
         """
         self._device = device
         self._shape = shape
-        self._through_graphs = device.kind != "cpu" if through_graphs is None else through_graphs
+        self._through_graphs = device.has_memory if through_graphs is None else through_graphs
         self.memory = self._room(lanes + 1)
         self.memory.up()
         if self._through_graphs:

@@ -346,7 +346,8 @@ class StepRunner:
         with recording(wait=wait) as alone:
             if not alone:
                 return  # a network is being compiled, which would spoil a recording; this call goes without
-            self._graph.forget(held.capture)
+            if held.capture != NO_CAPTURE:
+                self._graph.forget(held.capture)
             held.capture, held.state = NO_CAPTURE, self._pool.memory
             number = next(self._captures)
             frame = self._new_frame(size)

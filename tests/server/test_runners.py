@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bundles import SHAPE, TIMESTEPS
 from latentd.v1 import bundle_pb2
-from latentd_server import samplers
+from latentd_server import samplers, step_graph
 from latentd_server.bundle import read
 from latentd_server.call_runner import CallRunner
 from latentd_server.certificate import Buckets
@@ -17,7 +17,7 @@ from latentd_server.job import CallJob, Noise, Start, StepJob
 from latentd_server.loading import Terms, load
 from latentd_server.noise import Purpose
 from latentd_server.runners import Outcome, evaluate
-from latentd_server.runtime import Device
+from latentd_server.runtime import BoundGraph, CompiledGraph, Device, Memory
 from latentd_server.scheduler import Cohort, Scheduler, Segment
 from latentd_server.state_pool import Slots, StatePool
 from latentd_server.step_runner import StepRunner
@@ -183,6 +183,141 @@ def test_nobody_guided_means_no_second_rows(steps: StepRunner, job: Callable[...
     frame = steps.prepare([segment(2, job(lanes=2))]).frame
     assert all(np.array_equal(frame.pairs.arrays[name], own) for name in ("lane", "row_u", "row_c"))
     assert np.all(frame.pairs.arrays["w"] == 1)
+
+
+class Apart(Device):
+    """The CPU, treated as a device whose memory is another than the host's, as a GPU's is."""
+
+    @property
+    def has_memory(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def apart(models_root: Path, steps: StepRunner) -> StepRunner:
+    """The runner of the tiny diffusion model on such a device, recording its calls."""
+    network = read(models_root / "tiny-diffusion" / "1")
+    (data,) = network.graphs.values()
+    fused = step_graph.build(data, "x", "t", "y", "prediction", SHAPE)
+    graph = CompiledGraph(fused, Apart("cpu"), 1)
+    graph.captures = True
+    runner = StepRunner(graph, SHAPE, steps.buckets, lanes=2)
+    runner.warm()
+    return runner
+
+
+def test_a_device_with_its_own_memory_gives_the_same(
+    steps: StepRunner, apart: StepRunner, job: Callable[..., StepJob]
+) -> None:
+    """What goes up and comes down, guided and not, noisy and not, growing and overlapping, changes no byte."""
+    fields: dict[str, Any] = {"preview_interval": 2, "estimates_wanted": True, "history_wanted": True}
+    jobs = [
+        job("ddpm", 5, seed=1, guidance_scale=2.0, **fields),
+        job("ddim", 5, lanes=3, seed=2, **fields),
+        job("dpmpp-2m-sde", 5, lanes=2, seed=3, **fields),
+    ]
+    crowds = [jobs[:1], jobs[1:2], jobs[:1], jobs[1:], jobs]
+    for crowd in crowds:
+        want = [[as_bytes(outcome) for outcome in walked(steps, each)] for each in crowd]
+        got: list[list[list[bytes]]] = [[] for _ in crowd]
+        last = None
+        for position in range(length(crowd[0])):
+            call = apart.prepare([segment(number, each, position) for number, each in enumerate(crowd)])
+            results = apart.run(call)
+            if last is not None:
+                for number, outcome in enumerate(apart.finish(*last)):
+                    got[number].append(as_bytes(outcome))
+            last = call, results
+        assert last is not None
+        for number, outcome in enumerate(apart.finish(*last)):
+            got[number].append(as_bytes(outcome))
+            apart.forget(number)
+        assert got == want
+
+
+def test_only_what_changed_goes_up(
+    apart: StepRunner, job: Callable[..., StepJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise and pairs are uploaded when there are any and once more when there are none; then not again."""
+    sent: list[str] = []
+    upload = Memory.up
+    monkeypatch.setattr(Memory, "up", lambda memory: (sent.append("+".join(memory.layout)), upload(memory))[1])
+    rows, pairs = "slot+timestep+label+coefficients", "lane+row_u+row_c+w"
+    plain, noisy, guided = (job("ddim", 5), job("ddpm", 5), job("ddim", 5, guidance_scale=2.0))
+
+    def uploads(number: int, each: StepJob) -> set[str]:
+        evaluate(apart, [segment(number, each, 0)])
+        sent.clear()
+        evaluate(apart, [segment(number, each, 1)])
+        return {name for name in sent if name in (rows, pairs, "z")}
+
+    assert uploads(1, plain) == {rows}
+    assert uploads(2, noisy) == {rows, "z"}
+    assert uploads(3, guided) == {rows, pairs}
+    assert uploads(4, plain) == {rows}
+
+
+def test_a_recording_touches_no_lane(apart: StepRunner, job: Callable[..., StepJob]) -> None:
+    """ONNX Runtime makes a call several times over to record it; when the pool moves in the middle of a walk, calls are
+    recorded anew, and only the padding's slot is ever in a call that records.
+    """
+    slots: list[list[int]] = []
+    record = BoundGraph.run
+
+    def run(bound: BoundGraph, capture: int = -1) -> None:
+        memory = bound._kept.get("slot")
+        if capture >= 0 and capture not in recorded and memory is not None:
+            recorded.add(capture)
+            slots.append(memory.arrays["slot"].tolist())
+            record(bound, capture)
+            record(bound, capture)
+        record(bound, capture)
+
+    recorded = set(range(1, 1 + len(apart.buckets.sizes)))  # by `warm`
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BoundGraph, "run", run)
+        first = job(lanes=2, seed=5)
+        for position in range(length(first)):
+            (outcome,) = evaluate(apart, [segment(1, first, position)])
+            evaluate(apart, [segment(10 + position, job(lanes=4, seed=position))])
+    apart.forget(1)
+    assert slots, "the pool moved"
+    assert all(set(each) == {0} for each in slots)
+    assert as_bytes(outcome) == as_bytes(walked(apart, first)[-1])
+
+
+def test_a_call_goes_without_a_recording_that_fails(
+    apart: StepRunner, job: Callable[..., StepJob], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a graph cannot be captured the log says so, and calls are made without."""
+    want = [as_bytes(outcome) for outcome in walked(apart, job(seed=8))]
+    plain = BoundGraph.run
+
+    def run(bound: BoundGraph, capture: int = -1) -> None:
+        if capture >= 0 and "coefficients" in bound._kept:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        plain(bound, capture)
+
+    monkeypatch.setattr(BoundGraph, "run", run)
+    apart._pool.grow(100)
+    assert [as_bytes(outcome) for outcome in walked(apart, job(seed=8))] == want
+    assert "kernels are launched one by one" in caplog.text
+
+
+def test_single_calls_on_a_device_with_its_own_memory(calls: CallRunner, models_root: Path) -> None:
+    """Rows go up, answers come down, and calls that overlap do not mix."""
+    stored = read(models_root / "tiny-vae" / "1")
+    (network,) = (each for each in stored.message.networks if each.role == bundle_pb2.Network.ROLE_DECODER)
+    graph = CompiledGraph(stored.graphs[network.role], Apart("cpu"), 1)
+    graph.captures = True
+    runner = CallRunner(graph, network, calls.buckets)
+    runner.warm()
+    jobs = [decode(2, seed=1), decode(2, seed=2), decode(3, seed=3)]
+    prepared = [runner.prepare([segment(1, each)]) for each in jobs]
+    for call in prepared:
+        runner.run(call)
+    got = [as_bytes(runner.finish(call)[0]) for call in prepared]
+    assert got == [as_bytes(evaluate(calls, [segment(1, each)])[0]) for each in jobs]
 
 
 @pytest.mark.parametrize("through_graphs", [False, True])

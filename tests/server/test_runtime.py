@@ -1,10 +1,23 @@
 """Devices: which one is taken, and how much of it."""
 
+import threading
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from latentd_server import runtime
-from latentd_server.runtime import Device, DeviceError, choose_device
+from latentd_server.runtime import (
+    CompiledGraph,
+    CudaSettings,
+    Device,
+    DeviceError,
+    Memory,
+    choose_device,
+    compiling,
+    recording,
+)
+from onnx import helper
 
 
 def test_cpu_is_taken_when_asked_for() -> None:
@@ -50,3 +63,79 @@ def test_auto_says_why_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(choose_device("auto")) == "cuda:0"
     providers.remove("CUDAExecutionProvider")
     assert "no CUDA provider" in choose_device("auto").reason
+
+
+def test_cuda_settings_become_the_providers_options() -> None:
+    """Bytes do not depend on timing or TF32 unless asked for, and a memory limit is a number of bytes."""
+    plain = CudaSettings().provider_options(1)
+    assert plain == {
+        "device_id": "1",
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    chosen = CudaSettings(tf32=True, memory_mib=512, arena="double").provider_options(0)
+    assert (chosen["use_tf32"], chosen["gpu_mem_limit"]) == ("1", str(512 * 2**20))
+    assert chosen["arena_extend_strategy"] == "kNextPowerOfTwo"
+
+
+def test_settings_reach_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is opened as it was asked for, whether it was named or found."""
+    monkeypatch.setattr(runtime, "gpu_count", lambda: 1)
+    monkeypatch.setattr(runtime.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    asked = CudaSettings(tf32=True, graphs=False)
+    assert choose_device("auto", asked).cuda == choose_device("cuda:0", asked).cuda == asked
+
+
+def _twice() -> CompiledGraph:
+    """Y = x + x."""
+    rows = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 3]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "twice", rows[:1], rows[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    return CompiledGraph(model.SerializeToString(), Device("cpu"), 1)
+
+
+def test_a_bound_graph_reads_and_writes_where_it_was_told() -> None:
+    """The first rows of an array are a call's; the others stay as they are, and later values need no new binding."""
+    image = ((4, 3), np.dtype(np.float32))
+    memory = Memory(Device("cpu"), {"other": ((5,), np.dtype(np.int64)), "x": image, "y": image})
+    bound = _twice().bind()
+    bound.read(memory, {"x": "x"}, first=2)
+    bound.write(memory, {"y": "y"}, first=2)
+    for value in (1, 2):
+        memory.arrays["x"][:] = value
+        bound.run()
+        assert memory.arrays["y"].tolist() == [[2 * value] * 3] * 2 + [[0] * 3] * 2
+    assert not np.any(memory.arrays["other"])
+
+
+def test_memory_is_aligned_and_its_arrays_apart() -> None:
+    """Every array begins at an address that suits any device, whatever the sizes before it."""
+    memory = Memory(
+        Device("cpu"), {name: ((size,), np.dtype(np.uint8)) for name, size in (("a", 1), ("b", 300), ("c", 7))}
+    )
+    assert all(memory.address(name) % 256 == 0 for name in "abc")
+    for value, array in enumerate(memory.arrays.values(), start=1):
+        array[:] = value
+    assert [set(array.tolist()) for array in memory.arrays.values()] == [{1}, {2}, {3}]
+
+
+def test_nothing_is_recorded_while_something_is_compiled() -> None:
+    """Another thread's compiling makes a recording stand back at once; afterwards it may go on."""
+    held, release, seen = threading.Event(), threading.Event(), []
+
+    def compile_slowly() -> None:
+        with compiling():
+            held.set()
+            release.wait(30)
+
+    thread = threading.Thread(target=compile_slowly)
+    thread.start()
+    held.wait(30)
+    with recording(wait=False) as alone:
+        seen.append(alone)
+    release.set()
+    with recording(wait=True) as alone:
+        seen.append(alone)
+    thread.join()
+    assert seen == [False, True]
