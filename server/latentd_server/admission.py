@@ -18,7 +18,7 @@ from latentd_server.failures import DeadlineUnreachableError, OverloadedError, Q
 from latentd_server.job import Job
 from latentd_server.priority import Priority
 from latentd_server.scheduler import Arrival, Batch, GraphKey, graph_key
-from latentd_server.step_costs import DrainRates, StepCosts
+from latentd_server.step_costs import WINDOW_S, Decaying, DrainRates, StepCosts
 
 _MARGIN = 1.1
 """Of an estimate among others, since a job at the very edge of its deadline misses it every other time."""
@@ -117,6 +117,7 @@ class Admission:
         self._by_caller: dict[str, int] = {}
         self._costs: dict[GraphKey, StepCosts] = {}
         self._rates = DrainRates()
+        self._inflow = Decaying()  # evaluations accepted of late
         self._promises: dict[str, _Promises] = {}  # by model; "" is the server
         self.backlog = 0  # evaluations accepted and not yet run
 
@@ -141,6 +142,7 @@ class Admission:
         line = flow.lines.setdefault(caller, _Line(self._weight(caller), flow))
         ticket = _Ticket(key, caller, line, _steps(job), job.lane_count * job.rows_per_lane, evaluations)
         self._tickets[job_id] = ticket
+        self._inflow.add(evaluations, now_s)
         line.jobs += 1
         line.add(ticket.rows, ticket.steps, evaluations)
         self._count(ticket, evaluations)
@@ -250,8 +252,15 @@ class Admission:
             own_s = steps * costs.least(demand, now_s)
             return own_s + self._elsewhere_s(key, priority, own_s)
         seats, ahead = self._seats(key, caller, priority, rows)
-        start = min(ahead / seats, self._beside(key, caller, priority, ahead))
-        walk = max(float(steps), min(rows * steps / seats, self._beside(key, caller, priority, rows * steps)))
+        # Others who are done are followed by others still, as many as came of late.
+        rate = self._rates.per_s()
+        pace = 1 - min(1.0, self._inflow.read(now_s) / WINDOW_S / rate) if rate else 0.0
+
+        def batches(evaluations: float) -> float:
+            beside = self._beside(key, caller, priority, evaluations)
+            return min(evaluations / seats, beside / pace) if pace else evaluations / seats
+
+        start, walk = batches(ahead), max(float(steps), batches(rows * steps))
         own_s = (start + walk) * costs.typical(self._max_rows)
         return _MARGIN * (own_s + self._elsewhere_s(key, priority, own_s))
 
@@ -274,7 +283,8 @@ class Admission:
         seats = _share(share, own, [shares.Claim(0.0, scale * o.weight, scale * o.rows) for o in others])
         if seats >= own.wanted:
             return seats, 0.0
-        return seats, max(0.0, line.evaluations - min(seats, line.rows) * line.mean_left)
+        beside = max(0.0, min(seats, line.rows) - rows)  # the caller's own, when the last of these rows sets off
+        return seats, max(0.0, line.evaluations - beside * line.mean_left)
 
     def _beside(self, key: GraphKey, caller: str, priority: Priority, evaluations: float) -> float:
         """Batches in which a caller gets so many evaluations while the others on its graph get theirs."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 _FRESH_S = 5.0
 """How long a measurement may refuse anybody. One slow call might else refuse all who would be measured anew."""
-_WINDOW_S = 5.0
-"""Device time over which rates are taken, by exponential decay."""
+WINDOW_S = 2.0
+"""Time over which rates are taken, by exponential decay."""
 _NEWEST = 0.1  # weight of the newest call in the running mean
 _SURPRISE = 2.0  # one call moves the mean as if it had taken this many times the mean at most
 _FORGETTING = 1.01  # the fastest call is believed to be slower by this at every other call
@@ -75,15 +75,15 @@ class StepCosts:
 
 
 @dataclass(slots=True)
-class _Decaying:
-    """A sum that forgets as device time goes on."""
+class Decaying:
+    """A sum that forgets as time goes on, by a clock of its owner's."""
 
     value: float = 0.0
     at_s: float = 0.0
 
     def read(self, at_s: float) -> float:
         """The sum now."""
-        return self.value * math.exp((self.at_s - at_s) / _WINDOW_S)
+        return self.value * math.exp((self.at_s - at_s) / WINDOW_S)
 
     def add(self, amount: float, at_s: float) -> None:
         """Add to it."""
@@ -95,15 +95,15 @@ class DrainRates:
     """Evaluations that a second of the device brings, together and by model, in the mix of late."""
 
     device_s: float = 0.0  # all time the device was seen at work
-    busy: _Decaying = field(default_factory=_Decaying)
-    rows: dict[str, _Decaying] = field(default_factory=dict)  # by model; "" is all together
+    busy: Decaying = field(default_factory=Decaying)
+    rows: dict[str, Decaying] = field(default_factory=dict)  # by model; "" is all together
 
     def ran(self, model: str, rows: int, seconds: float) -> None:
         """Learn of a batch."""
         self.device_s += seconds
         self.busy.add(seconds, self.device_s)
         for name in ("", model):
-            self.rows.setdefault(name, _Decaying()).add(rows, self.device_s)
+            self.rows.setdefault(name, Decaying()).add(rows, self.device_s)
 
     def per_s(self, model: str = "") -> float:
         """Evaluations a second, of one model or of all; 0 if nothing is known."""
