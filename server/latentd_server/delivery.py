@@ -67,6 +67,7 @@ class Outbox:
         self._call_later = call_later
         self._delivery: asyncio.Timeout | None = None
         self._timer: Timer | None = None
+        self._hurried = False
         self.full = False
         self.pack: Callable[[list[Any]], Any] | None = None
         """Makes one message of several that wait; None for a reader that takes them one by one."""
@@ -91,6 +92,11 @@ class Outbox:
             self._failure = failure
             self._wake()
 
+    def hurry(self) -> None:
+        """Give the reader up too if it stands still while little waits: all is there, and the server is to go."""
+        self._hurried = True
+        self._watch()
+
     async def room(self) -> None:
         """Wait until little enough waits to take on more work for this reader."""
         await self._room.wait()
@@ -99,7 +105,7 @@ class Outbox:
         """Write every message, each when the one before it is written, until nothing more will come.
 
         Raises:
-            ReaderTooSlowError: it was full for too long without a write finishing; what waits is dropped.
+            ReaderTooSlowError: it was full, or hurried, for too long without a write finishing; what waits is dropped.
             Exception: what it was closed with.
         """
         try:
@@ -161,11 +167,11 @@ class Outbox:
             self._arrival.set_result(None)
 
     def _watch(self) -> None:
-        """Give the write under way its time from now on; all the time there is, unless much waits behind it."""
+        """Give the write under way its time from now on; all the time there is, unless somebody else waits for it."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self.full and self._delivery is not None and self._reader_timeout_s:
+        if (self.full or self._hurried) and self._delivery is not None and self._reader_timeout_s:
             self._timer = self._call_later(self._reader_timeout_s, self._give_up)
 
     def _give_up(self) -> None:

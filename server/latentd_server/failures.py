@@ -85,10 +85,10 @@ class QuotaExceededError(ServingError):
 
 
 class ReaderTooSlowError(ServingError):
-    """The reader stood still while much waited for it; what was still done for it is given up."""
+    """The reader stood still while much waited for it, or a drain; what was still done for it is given up."""
 
     def __init__(self, timeout_s: float) -> None:
-        super().__init__(f"more waits to be read than the server keeps, and nothing was read for {timeout_s:g} s")
+        super().__init__(f"the server waits for what it has sent to be read, and nothing was read for {timeout_s:g} s")
         self.timeout_s = timeout_s
 
 

@@ -23,17 +23,21 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
     def __init__(self, door: Door) -> None:
         self._door = door
         self._sessions: set[Session] = set()
+        self._outboxes: set[Outbox] = set()  # of calls of Sample
         self._calls = Tally()
         self._streams = Tally()
 
     async def finish(self) -> None:
-        """Wait until every call is answered, then end every Stream behind what waits to be read.
+        """End every Stream behind what waits to be read, and wait until every call is answered and every Stream over.
 
-        For a server that has drained: jobs of a Stream that are still with the engine are given up.
+        For a server that has drained: jobs of a Stream that are still with the engine are given up, and so is a reader
+        that stands still, however little waits for it.
         """
-        await self._calls.none()
+        for outbox in self._outboxes:
+            outbox.hurry()
         for session in self._sessions:
             session.shut()
+        await self._calls.none()
         await self._streams.none()
 
     async def Encode(
@@ -84,8 +88,12 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
             await echo(context, peer)
             await outbox.deliver(context.write)
 
-        with self._calls:
-            await guarded(serve(), exchange.end, context, peer)
+        self._outboxes.add(outbox)
+        try:
+            with self._calls:
+                await guarded(serve(), exchange.end, context, peer)
+        finally:
+            self._outboxes.discard(outbox)
 
     async def Stream(  # type: ignore[override]  # as Sample
         self, requests: AsyncIterator[generation_service_pb2.StreamRequest], context: Context

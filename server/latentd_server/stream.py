@@ -83,6 +83,7 @@ class Session:
         for exchange in list(self._open.values()):
             exchange.reply.fail(DrainingError())
         self._outbox.close(DrainingError())
+        self._outbox.hurry()
 
     def put(self, response: pb.StreamResponse, size: int) -> None:
         """Send a message."""

@@ -217,6 +217,25 @@ async def test_a_reader_may_rest(messages: int, reader_timeout_s: float) -> None
     assert reader.written == list(range(messages))
 
 
+async def test_in_a_hurry_a_reader_that_stands_still_is_given_up_too() -> None:
+    """However little waits: it has its time from then on, anew with every message it takes."""
+    clock, reader = Clock(), Reader()
+    outbox = box(clock=clock)
+    task = await delivering(outbox, reader, 2)
+    clock.pass_by(1e9)
+    outbox.close()
+    outbox.hurry()
+    clock.pass_by(29)
+    await reader.take(1)
+    clock.pass_by(29)
+    await asyncio.sleep(0)
+    assert not task.done()
+    clock.pass_by(1)
+    with pytest.raises(ReaderTooSlowError, match="nothing was read for 30 s"):
+        await asyncio.wait_for(task, 5)
+    assert reader.written == [0]
+
+
 async def test_a_timeout_of_the_write_itself_is_not_the_readers() -> None:
     """What a write raises is passed on as it is."""
 

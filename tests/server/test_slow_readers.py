@@ -25,9 +25,14 @@ SMALL_WINDOW = [("grpc.http2.bdp_probe", 0)]
 
 
 @pytest.fixture
-async def running(models_root: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Serving]:
+def outbox_bytes() -> int:
+    return 4096
+
+
+@pytest.fixture
+async def running(models_root: Path, outbox_bytes: int, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Serving]:
     for module in (rpc, stream):
-        monkeypatch.setattr(module, "OUTBOX_BYTES", 4096)
+        monkeypatch.setattr(module, "OUTBOX_BYTES", outbox_bytes)
     local = "127.0.0.1:0"
     limits: dict[str, Any] = {"max_samples": MANY, "max_backlog": 3 * MANY, "reader_timeout": 0.5}
     config = Config(models=models_root, listen=local, http=local, threads=1, drain_seconds=5, **limits)
@@ -87,3 +92,17 @@ async def test_a_reader_that_stops_gives_its_backlog_back(open_call: Any, runnin
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert reason(caught.value) == "READER_TOO_SLOW"
     assert "nothing was read for 0.5 s" in caught.value.details()
+
+
+@pytest.mark.parametrize("outbox_bytes", [2**30])
+@pytest.mark.parametrize("open_call", [open_sample, open_stream], ids=["Sample", "Stream"])
+async def test_a_drain_gives_a_reader_up_that_stands_still(open_call: Any, running: Serving) -> None:
+    """Also where everything is computed and little enough waits: its time is then its own, but not a drain's."""
+    address = running.addresses["grpc"]
+    async with aio.insecure_channel(address, options=SMALL_WINDOW) as channel:
+        call, counted = await open_call(generation_service_pb2_grpc.GenerationServiceStub(channel))
+        await call.read()
+        await asyncio.wait_for(running.engine.drained(), 30)
+        assert counted.rpartition(" ")[0] not in running.door.metrics.exposition().decode()
+        running.engine.drain()
+        await asyncio.wait_for(running.service.finish(), 10)
