@@ -64,7 +64,7 @@ def walk(
         x0 = _x0(x, prediction, alpha, sigma, spec.prediction)
         if spec.clip_denoised:
             x0 = x0.clip(*clip)
-        log_ratio = np.log(alpha / sigma)
+        log_ratio = np.log(alpha / sigma) if alpha > 0 else -np.inf  # a schedule may begin at noise alone
         estimate = x0
         if order == 2 and previous is not None and sigma_next > 0:
             last_x0, last_log_ratio = previous

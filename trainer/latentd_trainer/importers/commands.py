@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from latentd_trainer.terminal import console, fail
+from latentd_trainer.terminal import console, errors, fail
 
 app = typer.Typer(
     help="Make bundles of models that were trained elsewhere. Every graph is run and checked first.",
@@ -39,6 +40,50 @@ def import_torch(
     from latentd_trainer.importers import described
 
     _run(lambda: [described.import_torch(spec, models=models, version=version, replace=replace)])
+
+
+@app.command("diffusers")
+def import_diffusers(
+    folder: Annotated[Path, typer.Argument(help="Folder of a pipeline, as save_pretrained writes it.")],
+    name: Annotated[str, typer.Option(help="Name of the model; an autoencoder becomes NAME-vae.")],
+    models: Models = Path("models"),
+    version: Version = None,
+    replace: Replace = False,
+    class_names: Annotated[
+        str | None, typer.Option(help="Names of the classes, with commas between them; 0, 1 ... if not given.")
+    ] = None,
+    unconditional_class: Annotated[
+        int | None, typer.Option(min=0, help="The class that means no class, if one does; makes guidance possible.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Size of the network's samples; its own if not given.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Default number of steps; 50, or all for DDPM, if not given.")
+    ] = None,
+    license_: Annotated[str, typer.Option("--license", help="SPDX identifier of the licence.")] = "NOASSERTION",
+) -> None:
+    """Import a diffusers pipeline. A UNet2DModel, its scheduler and an autoencoder, see docs/import-diffusers.md."""
+    from latentd_trainer.importers import diffusers_folder
+
+    if size is not None and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", size):
+        fail(f"--size {size}: must be HxW, as 32x32", 2)
+    wishes = diffusers_folder.Wishes(
+        name=name,
+        class_names=tuple(class_names.split(",")) if class_names else (),
+        unconditional_class=unconditional_class,
+        size=None if size is None else (int(size.partition("x")[0]), int(size.partition("x")[2])),
+        step_count=steps,
+        license=license_,
+    )
+
+    def importing() -> list[Path]:
+        written, notes = diffusers_folder.run(folder, wishes, models=models, version=version, replace=replace)
+        for note in notes:
+            errors.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        return written
+
+    _run(importing)
 
 
 def _run(importing: Callable[[], list[Path]]) -> None:

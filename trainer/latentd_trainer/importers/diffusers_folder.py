@@ -1,0 +1,229 @@
+"""Pipelines that diffusers has saved, as bundles: a UNet2DModel with its scheduler, and an autoencoder if there is one.
+
+A latent diffusion pipeline becomes two bundles. The samples of NAME are latents of NAME-vae, on the same scale, and the
+record of NAME says so (`latents_of`), for whoever joins the two.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from latentd.v1 import model_pb2, tensor_pb2
+
+from latentd_trainer import export
+from latentd_trainer.importers import ImportingError, diffusers_schedulers
+from latentd_trainer.importers.diffusers_networks import Denoiser, LatentDecoder, LatentEncoder
+from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
+
+INDEX = "model_index.json"
+_AUTOENCODERS = ("AutoencoderKL", "VQModel")
+_AUTOENCODER_PARTS = ("vae", "vqvae")
+_LATENT_BOUND = 5.0
+"""Latents have no bounds; their scale gives them about unit variance, so that few are beyond."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a pipeline's folder does not say."""
+
+    name: str  # of the model
+    class_names: tuple[str, ...] = ()  # "0", "1" ... if not given
+    unconditional_class: int | None = None  # the row of the class embedding that means no class
+    size: tuple[int, int] | None = None  # height and width that the network is run at; its own if not given
+    step_count: int | None = None  # default number of steps
+    license: str = "NOASSERTION"
+
+
+def run(
+    folder: Path, wishes: Wishes, *, models: Path, version: int | None = None, replace: bool = False
+) -> tuple[list[Path], list[str]]:
+    """Write the bundles of a pipeline; return their directories, and what is served otherwise than diffusers does it.
+
+    Raises:
+        ImportingError: it is no pipeline that can be served; the message lists everything found.
+        GraphError: see `export.package`.
+        BundleError: see `export.package`.
+    """
+    parts = _parts(folder)
+    unet = _unet(folder, parts)
+    autoencoder = _autoencoder(folder, parts)
+    walk = diffusers_schedulers.read(str(folder / "scheduler"), parts["scheduler"], wishes.step_count)
+    classes = _class_names(unet, wishes)
+    shape = _shape(unet, wishes)
+    record: dict[str, Any] = {"imported": "diffusers", "diffusers": diffusers.__version__, "parts": parts}
+    written = []
+    package = partial(export.package, models=models, version=version, replace=replace)
+    if autoencoder is not None:
+        spec = _autoencoder_spec(autoencoder, shape)
+        origin = export.Origin("", (), (), wishes.license, record)
+        name = f"{wishes.name}-vae"
+        written.append(package(spec, origin, name=name))
+        record = record | {"latents_of": f"{name}@{written[0].name}"}
+    denoiser = Denoiser(unet, len(walk.spec.alphas), wishes.unconditional_class)
+    spec = _denoiser_spec(denoiser, walk, shape, latent=autoencoder is not None)
+    origin = export.Origin("", classes, (), wishes.license, record | {"notes": walk.notes})
+    written.append(package(spec, origin, name=wishes.name))
+    return written, walk.notes
+
+
+def _parts(folder: Path) -> dict[str, str]:
+    """Class names by part of the pipeline."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ImportingError(f"{path}: cannot be read: {error.strerror}; must be a pipeline's folder") from error
+    except ValueError as error:
+        raise ImportingError(f"{path}: is not JSON: {error}") from error
+    parts = {key: value[1] for key, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
+    problems = []
+    if parts.get("unet") != "UNet2DModel":
+        problems.append(f"unet: must be a UNet2DModel, is {parts.get('unet', 'absent')}")
+    if "scheduler" not in parts:
+        problems.append("scheduler: must be there")
+    for part, kind in parts.items():
+        if part in _AUTOENCODER_PARTS and kind not in _AUTOENCODERS:
+            problems.append(f"{part}: must be one of {', '.join(_AUTOENCODERS)}, is {kind}")
+        elif part not in ("unet", "scheduler", *_AUTOENCODER_PARTS):
+            problems.append(
+                f"{part}: {kind} has no place in what can be served: a UNet2DModel, a scheduler, an autoencoder"
+            )
+    if problems:
+        raise ImportingError("\n".join(f"{path.name}: {problem}" for problem in problems))
+    return parts
+
+
+def _loaded(kind: str, folder: Path) -> Any:
+    try:
+        return (
+            getattr(diffusers, kind)
+            .from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False)
+            .eval()
+        )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ImportingError(f"{folder.name}: cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _unet(folder: Path, parts: dict[str, str]) -> Any:
+    unet = _loaded(parts["unet"], folder / "unet")
+    config = unet.config
+    problems = []
+    if config.in_channels != config.out_channels:
+        problems.append(
+            f"takes {config.in_channels} channels and gives {config.out_channels}; it must predict what it is given, "
+            "without learned variances"
+        )
+    if config.time_embedding_type == "fourier":
+        problems.append(
+            "is told noise levels, not timesteps (fourier time embedding); only models of timesteps are served"
+        )
+    if config.class_embed_type is not None:
+        problems.append(f"class_embed_type {config.class_embed_type!r}: must be absent, for classes by number")
+    if problems:
+        raise ImportingError("\n".join(f"unet: {problem}" for problem in problems))
+    return unet
+
+
+def _autoencoder(folder: Path, parts: dict[str, str]) -> Any | None:
+    part = next((part for part in _AUTOENCODER_PARTS if part in parts), None)
+    if part is None:
+        return None
+    autoencoder = _loaded(parts[part], folder / part)
+    if autoencoder.config.get("latents_mean") is not None:
+        raise ImportingError(f"{part}: latents with a mean and deviation for each channel cannot be served")
+    return autoencoder
+
+
+def _class_names(unet: Any, wishes: Wishes) -> tuple[str, ...]:
+    rows, none = unet.config.num_class_embeds or 0, wishes.unconditional_class
+    problems = []
+    if none is not None and not 0 <= none < rows:
+        problems.append(
+            f"the unconditional class must be one of the network's {rows} classes, 0 to {rows - 1}; got {none}"
+        )
+    count = rows - (none is not None)
+    if wishes.class_names and len(wishes.class_names) != count:
+        problems.append(f"{len(wishes.class_names)} class names for {count} classes")
+    if problems:
+        raise ImportingError("\n".join(problems))
+    return wishes.class_names or tuple(map(str, range(count)))
+
+
+def _shape(unet: Any, wishes: Wishes) -> tuple[int, int, int]:
+    size = wishes.size or unet.config.sample_size
+    if size is None:
+        raise ImportingError("unet: does not say the size of its samples; give one")
+    height, width = (size, size) if isinstance(size, int) else size
+    return unet.config.in_channels, height, width
+
+
+def _denoiser_spec(
+    denoiser: Denoiser, walk: diffusers_schedulers.Walk, shape: tuple[int, int, int], latent: bool
+) -> ServingSpec:
+    label = GraphInput("label", Source.SOURCE_CLASS_LABEL, (), tensor_pb2.DATA_TYPE_INT64)
+    graph = Graph(
+        role=Role.ROLE_DENOISER,
+        module=denoiser,
+        inputs=(
+            GraphInput("sample", Source.SOURCE_SAMPLE, shape),
+            GraphInput("timestep", Source.SOURCE_TIMESTEP, (), tensor_pb2.DATA_TYPE_INT64),
+            *([label] if denoiser.has_classes else []),
+        ),
+        outputs=(GraphOutput("prediction", Meaning.MEANING_PREDICTION, shape),),
+    )
+    walk.spec.guidance_supported = denoiser.unconditional_class is not None
+    bound = walk.clip_range or (_LATENT_BOUND if latent else 1.0)
+    return ServingSpec(
+        family=model_pb2.Model.FAMILY_DIFFUSION,
+        graphs=(graph,),
+        methods=(
+            model_pb2.Model.METHOD_SAMPLE,
+            model_pb2.Model.METHOD_ENCODE,
+            model_pb2.Model.METHOD_DECODE,
+            model_pb2.Model.METHOD_DENOISE,
+        ),
+        sample_shape=shape,
+        latent_shape=shape,
+        description="Denoising diffusion model, imported from a diffusers pipeline"
+        + (", whose samples are latents of its autoencoder." if latent else "."),
+        reference_uri="https://arxiv.org/abs/2112.10752" if latent else "https://arxiv.org/abs/2006.11239",
+        diffusion=walk.spec,
+        sample_range=(-bound, bound),
+    )
+
+
+def _autoencoder_spec(autoencoder: Any, latent: tuple[int, int, int]) -> ServingSpec:
+    config = autoencoder.config
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    shape = (config.in_channels, factor * latent[1], factor * latent[2])
+    encoder = LatentEncoder(autoencoder)
+    mean = GraphOutput("latent_mean", Meaning.MEANING_LATENT_MEAN, latent)
+    log_variance = GraphOutput("latent_log_variance", Meaning.MEANING_LATENT_LOG_VARIANCE, latent)
+    graphs = (
+        Graph(
+            role=Role.ROLE_DECODER,
+            module=LatentDecoder(autoencoder),
+            inputs=(GraphInput("latent", Source.SOURCE_LATENT, latent),),
+            outputs=(GraphOutput("image", Meaning.MEANING_SAMPLE, shape),),
+        ),
+        Graph(
+            role=Role.ROLE_ENCODER,
+            module=encoder,
+            inputs=(GraphInput("sample", Source.SOURCE_SAMPLE, shape),),
+            outputs=(mean, log_variance) if encoder.variational else (mean,),
+        ),
+    )
+    return ServingSpec(
+        family=model_pb2.Model.FAMILY_VAE,
+        graphs=graphs,
+        # No Sample: latents follow the diffusion model beside it, not N(0, I).
+        methods=(model_pb2.Model.METHOD_ENCODE, model_pb2.Model.METHOD_DECODE),
+        sample_shape=shape,
+        latent_shape=latent,
+        description="Autoencoder of a latent diffusion model, imported from a diffusers pipeline.",
+        reference_uri="https://arxiv.org/abs/2112.10752",
+    )
