@@ -1,13 +1,15 @@
 """`latentd-train fit` and `settings` as a person meets them."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from latentd_trainer import checkpoint
+from latentd_trainer import checkpoint, cli
 from latentd_trainer.cli import app
 from latentd_trainer.families import FAMILIES
 from typer.testing import CliRunner, Result
@@ -53,6 +55,78 @@ def test_fit_trains_on_other_data(tmp_path: Path) -> None:
 def test_a_run_is_not_overwritten(run: Path) -> None:
     """A second fit into the same directory is refused, and nothing changes."""
     before = (run / "checkpoint.safetensors").read_bytes()
+    result = call("fit", "vae", "--out", run, *QUICK)
+    assert result.exit_code == 2
+    assert "already holds a run; continue it with --resume" in said(result)
+    assert (run / "checkpoint.safetensors").read_bytes() == before
+
+
+WAIT_IN_THE_THIRD_STEP = """
+import sys
+
+from latentd_trainer.__main__ import main
+from latentd_trainer.families.vae import Vae
+
+step = Vae.step
+
+
+def wait(self, batch, moment):
+    if moment.step == 2:
+        print("waiting", flush=True)
+        sys.stdin.readline()
+    return step(self, batch, moment)
+
+
+Vae.step = wait
+main()
+"""
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
+    """While one trains, others are refused, also to resume; once it is gone, even killed, training goes on."""
+    arguments = ["fit", "vae", "--out", str(tmp_path / "run"), "--every", "1", *QUICK]
+    command = [sys.executable, "-c", WAIT_IN_THE_THIRD_STEP, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout is not None
+            assert "waiting\n" in first.stdout
+            fresh, resumed = call(*arguments), call(*arguments, "--resume")
+        finally:
+            first.kill()
+    assert (fresh.exit_code, resumed.exit_code) == (2, 1)
+    assert "already holds a run" in said(fresh)
+    assert "another process is training here; wait until it ends" in said(resumed)
+    assert checkpoint.load_run(tmp_path / "run").step == 2
+    assert call(*arguments, "--resume").exit_code == 0
+    assert checkpoint.load_run(tmp_path / "run").step == 3
+
+
+def test_of_two_that_begin_at_once_one_is_refused(tmp_path: Path) -> None:
+    """Exactly one of two processes gets a new directory, and what it leaves is one run from end to end."""
+    out = tmp_path / "run"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "latentd_trainer", "fit", "vae", "--out", out, "--seed", str(seed), *QUICK]
+        )
+        for seed in (1, 2)
+    ]
+    codes = [process.wait(timeout=120) for process in both]
+    assert sorted(map(bool, codes)) == [False, True]
+    assert checkpoint.read_record(out).seed == codes.index(0) + 1
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_run_that_begins_meanwhile_is_not_overwritten(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that another process finished between the first look and the lock stays as it is."""
+    before = (run / "checkpoint.safetensors").read_bytes()
+    new_record = cli._new_record
+
+    def late(*arguments: Any) -> Any:
+        (run / "hidden.json").rename(run / checkpoint.RECORD_FILE)
+        return new_record(*arguments)
+
+    monkeypatch.setattr(cli, "_new_record", late)
+    (run / checkpoint.RECORD_FILE).rename(run / "hidden.json")
     result = call("fit", "vae", "--out", run, *QUICK)
     assert result.exit_code == 2
     assert "already holds a run; continue it with --resume" in said(result)

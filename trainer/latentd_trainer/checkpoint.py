@@ -3,6 +3,7 @@
     RUN/config.json              what was asked for: family, settings, data, seed
     RUN/checkpoint.safetensors   weights, averages and optimiser state; the step and other scalars as JSON in the header
     RUN/log.jsonl, loss.png, samples.png
+    RUN/.lock                    held while a process trains here; alone it means nothing
 
 Nothing is pickled. A step's randomness and data follow from (seed, step), so a checkpoint holds no generator.
 """
@@ -10,9 +11,11 @@ Nothing is pickled. A step's randomness and data follow from (seed, step), so a 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from latentd_trainer.families import Family, load_family
 FORMAT_VERSION = 1
 RECORD_FILE = "config.json"
 CHECKPOINT_FILE = "checkpoint.safetensors"
+_LOCK_FILE = ".lock"
 _ASIDE_SUFFIX = ".partial"
 
 
@@ -82,6 +86,39 @@ def write_whole(path: Path, content: bytes) -> None:
             os.close(directory)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Keep other processes from training in a directory, which is made if need be.
+
+    The lock is the operating system's (flock(2)) and goes with the process, however it ends, so the file that it is on
+    stays and may be there without a lock. Between machines that share a directory it holds as far as their file system
+    carries locks: NFS does on Linux, unless it is mounted with `nolock` or `local_lock`.
+
+    Raises:
+        CheckpointError: another process trains here.
+        OSError: the directory cannot be made or written, or its file system has no locks.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / _LOCK_FILE, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{directory}: another process is training here; wait until it ends, or choose another directory"
+            ) from error
+        yield
+
+
+def require_no_run(directory: Path) -> None:
+    """Refuse to begin a run where there is one.
+
+    Raises:
+        ValueError: says what would do.
+    """
+    if (directory / RECORD_FILE).exists():
+        raise ValueError(f"{directory} already holds a run; continue it with --resume or choose another --out")
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -86,8 +86,8 @@ def fit(
         wanted = {} if preset is None else preset_settings(load_family(family), preset)
         wanted |= _parse_texts(settings or []) | ({} if steps is None else {"steps": str(steps)})
         has_run = (out / checkpoint.RECORD_FILE).exists()
-        if has_run and not resume:
-            raise ValueError(f"{out} already holds a run; continue it with --resume or choose another --out")
+        if not resume:
+            checkpoint.require_no_run(out)
         if has_run:
             record, dataset = _continued_record(out, family, given, wanted)
         else:
@@ -98,7 +98,7 @@ def fit(
             dataset,
             device=train.choose_device(device, record.precision, shard.local_rank()),
             interval=interval,
-            resume=has_run and (out / checkpoint.CHECKPOINT_FILE).exists(),
+            resume=has_run,
             display=Display(console),
         )
     except ValueError as error:

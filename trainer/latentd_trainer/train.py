@@ -25,7 +25,7 @@ from latentd_trainer.families import Batch, Family, Moment
 from latentd_trainer.log import TrainingLog
 from latentd_trainer.optimization import PRECISIONS, autocast
 from latentd_trainer.progress import Display
-from latentd_trainer.shard import Shard, join_group
+from latentd_trainer.shard import Shard, join_group, process_count, rank
 
 LOSS_PICTURE, SAMPLES_PICTURE = "loss.png", "samples.png"
 _LOG_LINES = 2000
@@ -85,32 +85,38 @@ def fit(
     resume: bool,
     display: Display,
 ) -> None:
-    """Train a run to its end, from the start or from its last checkpoint.
+    """Train a run to its end: a new one, or with `resume` the one that is there, from its last checkpoint.
 
     Every `interval` steps, and at the end, the checkpoint is replaced and the pictures are drawn anew.
     Processes that `torchrun` started share each batch and come to the same weights, which the first one writes.
 
     Raises:
-        ValueError: the network does not take these images, or the processes do not divide the batch.
-        CheckpointError: the checkpoint to resume from cannot be read, or weights are not finite.
+        ValueError: the network does not take these images, the processes do not divide the batch, or the directory
+            holds a run that is not to be resumed.
+        CheckpointError: the checkpoint to resume from cannot be read, weights are not finite, or another process
+            trains here.
         TrainingError: a loss is not finite, or files cannot be written; the last checkpoint is intact.
         InterruptedTraining: SIGINT or SIGTERM; the state is saved.
     """
     torch.set_num_threads(record.threads)
+    batch_size = record.settings["batch_size"]
+    if batch_size % process_count():
+        raise ValueError(f"batch_size={batch_size}: must be a multiple of the {process_count()} processes")
+    family = checkpoint.build_family(record.family, record.settings, record.info, record.seed)
     try:
         with ExitStack() as stack:
+            if rank() == 0:  # before it joins, so that all processes find the files as they are from then on
+                stack.enter_context(checkpoint.hold(directory))
+                if not resume:
+                    checkpoint.require_no_run(directory)
             shard = stack.enter_context(join_group(device))
-            batch_size = record.settings["batch_size"]
-            if batch_size % shard.count:
-                raise ValueError(f"batch_size={batch_size}: must be a multiple of the {shard.count} processes")
-            family = checkpoint.build_family(record.family, record.settings, record.info, record.seed)
             _move(family, device, record.precision)
-            start = checkpoint.restore(directory, family) if resume else 0
-            if shard.is_first and not resume:
-                directory.mkdir(parents=True, exist_ok=True)
-                checkpoint.write_record(directory, record)
+            has_checkpoint = (directory / checkpoint.CHECKPOINT_FILE).exists()
+            start = checkpoint.restore(directory, family) if resume and has_checkpoint else 0
             if shard.is_first:
                 checkpoint.remove_leftovers(directory)
+                if not resume:
+                    checkpoint.write_record(directory, record)
             log = stack.enter_context(TrainingLog(directory, start, enabled=shard.is_first))
             loop = _Loop(directory, record, dataset, family, device, shard, log)
             received = stack.enter_context(_caught_signals(shard.count))
