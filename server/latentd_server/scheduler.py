@@ -341,8 +341,9 @@ class Scheduler:
         return flow
 
     # The three below seat lanes in up to `rows` rows and add them to `segments`. They return the rows that were taken
-    # and those of them that were paid for. A lane of two rows may not fit into a share of one. Then what is left goes
-    # to those behind it for nothing: so its own share grows until it fits, and it is not passed over for ever.
+    # and those of them that were paid for. A lane of two rows may not fit into a share of one. Then the share is left
+    # to others (`strictly`), and only what these cannot use goes to those behind that lane, for nothing. So its own
+    # share grows until it fits, and it is not passed over for ever.
 
     def _share_out(self, queue: _Queue, flows: list[Flow], segments: list[Segment]) -> None:
         """Seat the flows of a graph, each in its share of a batch."""
@@ -353,18 +354,18 @@ class Scheduler:
         for given in (shares.divide(left, claims), None):
             for index, flow in enumerate(flows):
                 if rows := left if given is None else given[index]:
-                    taken, charge = self._fill(flow, rows, segments)
+                    taken, charge = self._fill(flow, rows, segments, strictly=given is not None)
                     paid[index] += charge
                     left -= taken
         if sum(wanted) > self._max_rows:
             queue.level = shares.settle(flows, wanted, paid, queue.level)
 
-    def _fill(self, flow: Flow, rows: int, segments: list[Segment]) -> tuple[int, int]:
+    def _fill(self, flow: Flow, rows: int, segments: list[Segment], *, strictly: bool = False) -> tuple[int, int]:
         """Seat a flow's callers, each in its share."""
         if not flow.ready:
             return 0, 0
         if len(flow.ready) == 1:
-            return self._board(next(iter(flow.ready.values())), rows, segments)
+            return self._board(next(iter(flow.ready.values())), rows, segments, strictly=strictly)
         # More callers than rows cannot ride; whose clock is behind goes first.
         callers = heapq.nsmallest(rows + 1, flow.ready.values(), key=lambda caller: caller.served)
         wanted = [caller.wanted(rows + 1) for caller in callers]
@@ -381,16 +382,17 @@ class Scheduler:
                 taken, paid[index] = self._board(callers[index], share, segments, strictly=True)
                 left -= taken
         first_round = rows - left
-        for index, caller in enumerate(callers):
-            if left and caller.ready:
-                taken, charge = self._board(caller, left, segments)
-                paid[index] += charge
-                left -= taken
+        for passing_over in () if strictly else (False, True):
+            for index, caller in enumerate(callers):
+                if left and caller.ready:
+                    taken, charge = self._board(caller, left, segments, strictly=not passing_over)
+                    paid[index] += charge
+                    left -= taken
         flow.level = shares.settle(callers, wanted, paid, flow.level)
         return rows - left, first_round
 
     def _board(self, caller: _Caller, rows: int, segments: list[Segment], *, strictly: bool = False) -> tuple[int, int]:
-        """Seat a caller's lanes, oldest jobs first; where a lane does not fit, end (`strictly`) or pass over it."""
+        """Seat a caller's lanes, oldest jobs first; where a lane does not fit, end or pass over it."""
         left = rows
         paid: int | None = None
         for entry in caller.entries.values():

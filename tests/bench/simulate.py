@@ -16,7 +16,6 @@ from latentd_server.job import Start, StepJob
 from latentd_server.models import Registry
 from latentd_server.runtime import Device
 
-from tests.bench.load import DIFFUSION
 from tests.bench.simulator import (
     LAUNCH_BOUND,
     MEASURED,
@@ -36,6 +35,7 @@ from tests.bench.simulator import (
     throughput_per_s,
 )
 
+DIFFUSION = "digits-diffusion"
 LOADS = (0.3, 0.5, 0.7, 0.85)
 BUILT_IN = {"unet8": MEASURED, "launch-bound": LAUNCH_BOUND}
 

@@ -4,11 +4,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from latentd.v1 import bundle_pb2
+from latentd_server import shares
 from latentd_server.job import CallJob, Job, Start, StepJob
+from latentd_server.priority import Priority
 from latentd_server.samplers import COLUMNS, Table
 from latentd_server.scheduler import Batch, Scheduler
 
@@ -166,6 +168,207 @@ def test_graphs_share_the_device_by_time() -> None:
     assert seconds["slow@1"] == pytest.approx(seconds["fast@1"], rel=0.05)
 
 
+def flood(scheduler: Scheduler, batches: int, seconds: dict[str, float] | None = None) -> list[Batch]:
+    """Run so many batches; they take a second, or what their model takes."""
+    ran = []
+    for _ in range(batches):
+        batch = scheduler.plan(0.0)
+        assert batch is not None
+        ran.append(batch)
+        run(scheduler, batch, (seconds or {}).get(batch.key[0], 1.0))
+    return ran
+
+
+def shared(batches: list[Batch], by: str) -> Counter[object]:
+    """Rows by an attribute of their entries."""
+    found: Counter[object] = Counter()
+    for batch in batches:
+        for segment in batch.segments:
+            found[getattr(segment.entry, by)] += segment.rows
+    return found
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_callers_get_rows_by_their_weights(guided: bool) -> None:
+    """Over time rows are as the weights, be they large, small or of a caller whose lanes take two rows."""
+    scheduler = Scheduler(ROWS, {"half": 0.5, "triple": 3.0})
+    for job, caller in enumerate(("half", "one", "triple")):
+        scheduler.add(job, steps(ROWS, 5000, guided=guided and caller == "half"), caller, 0.0)
+    found = shared(flood(scheduler, 450), "caller")
+    assert sum(found.values()) == 450 * ROWS
+    for caller, share in (("half", 400), ("one", 800), ("triple", 2400)):
+        assert found[caller] == pytest.approx(share, abs=4)
+
+
+def test_callers_that_divide_no_batch_evenly_are_even_over_time() -> None:
+    """Three callers with eight rows differ by a row at most however long they go on."""
+    scheduler = Scheduler(ROWS)
+    for job in range(3):
+        scheduler.add(job, steps(ROWS, 5000), f"caller-{job}", 0.0)
+    found = shared(flood(scheduler, 500), "caller")
+    assert max(found.values()) - min(found.values()) <= 1
+
+
+def test_classes_share_the_rows_of_a_graph_by_weight() -> None:
+    """HIGH, NORMAL and LOW get 16, 4 and 1 of 21 rows over time, however many callers each has."""
+    scheduler = Scheduler(ROWS)
+    for job, (priority, caller) in enumerate(
+        [(Priority.HIGH, "a"), (Priority.NORMAL, "b"), (Priority.NORMAL, "c"), (Priority.LOW, "d"), (Priority.LOW, "a")]
+    ):
+        scheduler.add(job, steps(ROWS, 5000), caller, 0.0, priority=priority)
+    found = shared(flood(scheduler, 630), "priority")
+    for priority in Priority:
+        assert found[priority] == pytest.approx(630 * ROWS * priority.weight / 21, abs=2)
+
+
+def test_classes_share_the_device_by_time() -> None:
+    """A class keeps its share of the seconds whatever graphs it uses and however slow they are; its graphs share it."""
+    scheduler = Scheduler(ROWS)
+    cost = {"a@1": 0.1, "b@1": 0.3, "c@1": 1.0}
+    for job, (model, priority) in enumerate(
+        [("a@1", Priority.HIGH), ("b@1", Priority.NORMAL), ("c@1", Priority.NORMAL)]
+    ):
+        scheduler.add(job, steps(1, 50_000, model=model), "x", 0.0, priority=priority)
+    seconds: Counter[str] = Counter()
+    for batch in flood(scheduler, 8000, cost):
+        seconds[batch.key[0]] += cost[batch.key[0]]
+    total = sum(seconds.values())
+    assert seconds["a@1"] / total == pytest.approx(16 / 20, rel=0.02)
+    assert seconds["b@1"] / total == pytest.approx(2 / 20, rel=0.05)
+    assert seconds["c@1"] / total == pytest.approx(2 / 20, rel=0.05)
+
+
+def test_idle_classes_give_their_share_away() -> None:
+    """LOW alone has every batch, and HIGH with one lane takes one row of it."""
+    scheduler = Scheduler(ROWS)
+    scheduler.add(1, steps(2 * ROWS, 5000), "x", 0.0, priority=Priority.LOW)
+    assert riders(flood(scheduler, 1)[0]) == {1: ROWS}
+    scheduler.add(2, steps(1, 5000), "x", 0.0, priority=Priority.HIGH)
+    assert all(riders(batch) == {1: ROWS - 1, 2: 1} for batch in flood(scheduler, 100))
+
+
+@pytest.mark.parametrize("same_graph", [True, False])
+def test_nothing_lower_goes_before_what_just_came(same_graph: bool) -> None:
+    """HIGH work leads the batch after it came, whatever LOW work had been doing, and on however many graphs."""
+    scheduler = Scheduler(ROWS)
+    for job in range(10):
+        scheduler.add(job, steps(ROWS, 5000, model=f"m{job}@1"), f"caller-{job}", 0.0, priority=Priority.LOW)
+    flood(scheduler, 137)
+    scheduler.add(99, steps(ROWS, 50, model="m3@1" if same_graph else "other@1"), "new", 0.0, priority=Priority.HIGH)
+    batch = scheduler.plan(0.0)
+    assert riders(batch)[99] >= ROWS * 16 // 17
+
+
+def test_debts_of_one_class_are_not_anothers() -> None:
+    """LOW work that used much of a graph while nobody else wanted it does not hold HIGH work on that graph back."""
+    scheduler = Scheduler(ROWS)
+    scheduler.add(1, steps(ROWS, 5000, model="a@1"), "x", 0.0, priority=Priority.LOW)
+    scheduler.add(2, steps(ROWS, 5000, model="b@1"), "x", 0.0, priority=Priority.NORMAL)
+    flood(scheduler, 50, {"a@1": 100.0, "b@1": 1.0})
+    scheduler.add(3, steps(4, 50, model="a@1"), "x", 0.0, priority=Priority.HIGH)
+    assert riders(scheduler.plan(0.0))[3] == 4
+
+
+def test_a_pause_gains_no_credit() -> None:
+    """A job that sat out for long shares with those who went on as before."""
+    scheduler = Scheduler(ROWS)
+    for job in (1, 2):
+        scheduler.add(job, steps(ROWS, 5000), f"caller-{job}", 0.0)
+    flood(scheduler, 10)
+    scheduler.pause(1, True)
+    flood(scheduler, 100)
+    scheduler.pause(1, False)
+    found = shared(flood(scheduler, 10), "job_id")
+    assert found[1] == found[2]
+
+
+def test_being_content_with_less_gains_no_credit() -> None:
+    """A caller that wanted one row of every batch for long, and then all of them, gets its share and no more."""
+    scheduler = Scheduler(ROWS)
+    scheduler.add(1, steps(1, 5000), "modest", 0.0)
+    scheduler.add(2, steps(ROWS, 5000), "greedy", 0.0)
+    flood(scheduler, 200)
+    scheduler.add(3, steps(ROWS, 5000), "modest", 0.0)
+    found = shared(flood(scheduler, 10), "caller")
+    assert abs(found["modest"] - found["greedy"]) <= 1
+
+
+def test_a_lane_of_two_rows_is_not_passed_over_for_ever() -> None:
+    """Where shares are one row each, a guided lane still gets its turn: before its caller's younger jobs, beside other
+    callers, and in a class whose share of a batch is less than a row.
+    """
+    scheduler = Scheduler(4)
+    for job in range(1, 40):
+        scheduler.add(job, steps(50, 5000), f"caller-{job % 4}", 0.0)
+    scheduler.add(40, steps(50, 5000, guided=True), "fifth", 0.0)
+    scheduler.add(41, steps(50, 5000), "fifth", 0.0)
+    scheduler.add(42, steps(50, 5000, guided=True), "sixth", 0.0, priority=Priority.LOW)
+    scheduler.add(43, steps(50, 5000), "seventh", 0.0, priority=Priority.LOW)
+    batches = flood(scheduler, 1700)
+    assert all(batch.rows == 4 for batch in batches)
+    callers = shared(batches, "caller")
+    of_normal = 1700 * 4 * 4 / 5 / 5
+    assert callers["fifth"] == pytest.approx(of_normal, rel=0.06)
+    assert shared(batches, "job_id")[40] >= callers["fifth"] - 10, "the oldest job first"
+    assert callers["sixth"] == pytest.approx(1700 * 4 / 5 / 2, rel=0.06)
+
+
+def wait_bound(weights: list[float], mine: int, longest: float) -> float:
+    """Seconds between two batches that a flow leads, at most: each other one may catch up with what it paid."""
+    return sum(longest * (weight / weights[mine] + 1) for index, weight in enumerate(weights) if index != mine)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_nobody_waits_longer_than_the_bound(data: st.DataObject) -> None:
+    """With graphs of any cost and any mix of classes, every flow leads a batch again within the bound its weight gives;
+    and over time its seconds are as its weight.
+    """
+    priorities = data.draw(st.lists(st.sampled_from(list(Priority)), min_size=2, max_size=6))
+    cost = {f"m{i}@1": data.draw(st.integers(1, 50)) / 10 for i in range(len(priorities))}
+    scheduler = Scheduler(ROWS)
+    for job, priority in enumerate(priorities):
+        scheduler.add(job, steps(1, 5000, model=f"m{job}@1"), "x", 0.0, priority=priority)
+    graphs = Counter(priorities)
+    weights = [priority.weight / graphs[priority] for priority in priorities]
+    now, last, used = 0.0, [0.0] * len(priorities), [0.0] * len(priorities)
+    for batch in flood(scheduler, 2000, cost):
+        job = batch.segments[0].entry.job_id
+        assert now - last[job] <= wait_bound(weights, job, max(cost.values())) + 1e-6
+        now += cost[batch.key[0]]
+        last[job] = now
+        used[job] += cost[batch.key[0]]
+    for job, weight in enumerate(weights):
+        assert used[job] / weight == pytest.approx(now / sum(weights), abs=2 * max(cost.values()) / min(weights))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    total=st.integers(1, 64),
+    claims=st.lists(
+        st.tuples(st.floats(0, 100), st.sampled_from([0.25, 1.0, 4.0, 16.0]), st.integers(1, 80)),
+        min_size=1,
+        max_size=8,
+    ),
+)
+def test_a_division_gives_all_and_keeps_clocks_together(total: int, claims: list[tuple[float, float, int]]) -> None:
+    """No row is lost, nobody gets more than it wants, and whoever gets a row was behind where one more row would
+    put anybody who is left hungry.
+    """
+    asked = [shares.Claim(*claim) for claim in claims]
+    given_rows = shares.divide(total, asked)
+    assert sum(given_rows) == min(total, sum(claim.wanted for claim in asked))
+    assert all(0 <= rows <= claim.wanted for rows, claim in zip(given_rows, asked, strict=True))
+    hungry = [
+        claim.served + (rows + 1) / claim.weight
+        for rows, claim in zip(given_rows, asked, strict=True)
+        if rows < claim.wanted
+    ]
+    for rows, claim in zip(given_rows, asked, strict=True):
+        if rows and hungry:
+            assert claim.served + (rows - 1) / claim.weight <= min(hungry) + 1e-6
+
+
 def test_a_paused_job_sits_out_and_comes_back() -> None:
     """A paused job rides in no batch; resumed, it goes on where it was."""
     scheduler = Scheduler(ROWS)
@@ -236,8 +439,9 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(ROWS)
+        self.scheduler = Scheduler(ROWS, {"b": 3.0, "c": 0.25})
         self.jobs: dict[int, Job] = {}
+        self.lines: dict[int, tuple[str, Priority, str, bool]] = {}  # within one of these, first come first served
         self.evaluated: dict[int, Counter[int]] = {}
         self.finished: dict[int, Counter[int]] = {}
         self.paused: set[int] = set()
@@ -251,10 +455,14 @@ class Machine(RuleBasedStateMachine):
         caller=st.sampled_from("abc"),
         model=st.sampled_from(["a@1", "b@1"]),
         one_shot=st.booleans(),
+        priority=st.sampled_from(Priority),
     )
-    def submit(self, lanes: int, evaluations: int, guided: bool, caller: str, model: str, one_shot: bool) -> None:
+    def submit(
+        self, lanes: int, evaluations: int, guided: bool, caller: str, model: str, one_shot: bool, priority: Priority
+    ) -> None:
         job = rows(lanes, model=model) if one_shot else steps(lanes, evaluations, guided=guided, model=model)
-        self.scheduler.add(self.next_id, job, caller, 0.0)
+        self.scheduler.add(self.next_id, job, caller, 0.0, priority=priority)
+        self.lines[self.next_id] = (caller, priority, job.model, one_shot)
         self.jobs[self.next_id] = job
         self.evaluated[self.next_id] = Counter()
         self.finished[self.next_id] = Counter()
@@ -289,6 +497,7 @@ class Machine(RuleBasedStateMachine):
             if (self.jobs[j].model, isinstance(self.jobs[j], CallJob)) == (batch.key[0], batch.key[1] == DECODER)
         )
         assert batch.rows >= min(ROWS - 1, demand), "a row stayed empty while a lane could have ridden"
+        self.check_order(batch, able)
         for segment in batch.segments:
             assert segment.entry.job_id in able
             for lane in range(segment.cohort.start, segment.cohort.stop):
@@ -305,6 +514,22 @@ class Machine(RuleBasedStateMachine):
                 self.scheduler.remove(job_id)
                 self.forget(job_id)
 
+    def check_order(self, batch: Batch, able: set[int]) -> None:
+        """A job's lane stays behind only if no younger job of its line rides, but into the row that a lane of two rows
+        leaves free.
+        """
+        taken = riders(batch)
+        for older in able:
+            lanes = sum(1 for lane in range(self.jobs[older].lane_count) if not self.finished[older][lane])
+            if taken.get(older, 0) == lanes:
+                continue
+            younger = sum(
+                count * self.jobs[job].rows_per_lane
+                for job, count in taken.items()
+                if job > older and self.lines[job] == self.lines[older]
+            )
+            assert younger < self.jobs[older].rows_per_lane, "first come, first served"
+
     @rule()
     def finish_everything(self) -> None:
         for job_id in list(self.paused):
@@ -318,7 +543,7 @@ class Machine(RuleBasedStateMachine):
         assert len(self.scheduler) == len(self.jobs)
 
     def forget(self, job_id: int) -> None:
-        for book in (self.jobs, self.evaluated, self.finished):
+        for book in (self.jobs, self.lines, self.evaluated, self.finished):
             book.pop(job_id)
         self.paused.discard(job_id)
 
