@@ -97,7 +97,7 @@ def train(family: str) -> str:
     if not Path(bundle).exists():
         trainer("export", run, "--models", str(MODELS), "--name", name, log=log)
     trainer("verify", bundle, log=log)
-    trainer("evaluate", bundle, log=log)
+    trainer("evaluate", bundle, "--cache", str(RUNS / "classifiers"), log=log)
     total = time.monotonic() - started
     return f"[green]trained[/]  {name} in {fitted:.0f} s; exported, verified and evaluated after {total:.0f} s"
 

@@ -14,12 +14,14 @@ from latentd_trainer import bars, classifier, evaluate, parity
 from latentd_trainer import bundle as bundles
 from latentd_trainer.bars import Bar
 from latentd_trainer.checkpoint import RunRecord
+from latentd_trainer.cli import app
 from latentd_trainer.data import Dataset, Split, load
 from latentd_trainer.evaluate import EvaluationError
 from latentd_trainer.onnx_graph import GraphError
 from latentd_trainer.spec import Role, ServingSpec
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
 SAMPLE_METRICS = {
     "frechet-distance",
@@ -142,6 +144,52 @@ def test_the_report_shows_the_card_and_a_picture(bundle_of: Callable, measure: C
     with Image.open(tmp_path / "out" / "samples.png") as picture:
         assert picture.width > picture.height
     assert str(tmp_path / "out" / "report.md") in printed
+
+
+def test_with_another_place_the_bundle_is_left_alone(bundle_of: Callable, measure: Callable, tmp_path: Path) -> None:
+    """With `out` no file of the bundle changes, unless the card is asked for; then it holds what the report shows."""
+    directory = bundle_of("gan")
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    measure(directory, out=tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    measure(directory, out=tmp_path / "out", card=True)
+    assert set(before) == {path.name for path in directory.iterdir()}
+    precision = bundles.read(directory).model.card.metrics["precision"]
+    assert f"{precision:.3f}" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_cache_that_cannot_be_written_is_named(bundle_of: Callable, measure: Callable, tmp_path: Path) -> None:
+    """A classifier that cannot be kept is not trained first; the message says what to do."""
+    (tmp_path / "cache").write_text("not a directory")
+    with pytest.raises(EvaluationError, match=r"cache: cannot be used \(Not a directory\); name another .* --cache"):
+        measure(bundle_of("gan"))
+
+
+def test_the_command_leaves_nothing_in_the_current_directory(
+    bundle_of: Callable, images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The classifier goes into the user's cache directory, or where --cache says."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    command = ["evaluate", str(bundle_of("gan")), "--data", images, "--out", str(tmp_path / "out"), "--threads", "1"]
+    for more, place in ([], tmp_path / "xdg/latentd/classifiers"), (["--cache", str(tmp_path / "c")], tmp_path / "c"):
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == 0, result.output
+        assert [path.suffix for path in place.iterdir()] == [".safetensors"]
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [None, "", "not/absolute"])
+def test_without_a_cache_directory_it_is_the_home_s(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XDG_CACHE_HOME counts only as an absolute path, as its specification says."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    if value is None:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert classifier.default_cache() == Path("/home/somebody/.cache/latentd/classifiers")
 
 
 def test_without_another_place_the_report_lies_in_the_bundle(bundle_of: Callable, measure: Callable) -> None:

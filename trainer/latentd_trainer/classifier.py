@@ -7,6 +7,7 @@ hardly does.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,18 +82,31 @@ class Yardstick:
             return Reading(features.numpy(), self.network.logits(features).argmax(1).numpy())
 
 
+def default_cache() -> Path:
+    """Where classifiers are kept unless told otherwise: `latentd/classifiers` in the user's cache directory.
+
+    That is `$XDG_CACHE_HOME`, or `~/.cache` where it is not set to an absolute path (XDG Base Directory
+    Specification 0.8).
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "latentd" / "classifiers"
+
+
 def load_or_train(dataset: Dataset, cache: Path, seed: int = 0) -> Yardstick:
     """The classifier for these data and this seed: from `cache` if it is there, else trained and put there.
 
     Training takes about 20 s of one core on the embedded digits. A damaged file in the cache is replaced.
+
+    Raises:
+        OSError: the cache cannot be read or written.
     """
     path = cache / f"classifier-{_key(dataset, seed)}.safetensors"
     network = _build(dataset, seed)
     try:
         network.load_state_dict(safetensors.torch.load(path.read_bytes()))
     except (FileNotFoundError, SafetensorError, RuntimeError):
-        train(network, dataset, seed, STEPS)
         path.parent.mkdir(parents=True, exist_ok=True)
+        train(network, dataset, seed, STEPS)
         write_whole(path, safetensors.torch.save(network.state_dict()))
     network.eval()
     return Yardstick(network, accuracy(network, dataset))

@@ -164,18 +164,31 @@ def export(
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Directory of a bundle, MODELS/NAME/VERSION.")],
     data: Annotated[str, typer.Option(help="What it was trained on, as for fit.")] = "digits",
-    out: Annotated[Path | None, typer.Option(help="Where the report goes; into the bundle if not given.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the report goes; into the bundle if not given. If given, the bundle is left as it is."),
+    ] = None,
+    card: Annotated[bool, typer.Option("--card", help="Write the metrics into the card even with --out.")] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the classifier is kept from one evaluation to the next; latentd/classifiers in "
+            "$XDG_CACHE_HOME or ~/.cache if not given."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of all draws and of the classifier.")] = 0,
     bars: Annotated[bool, typer.Option("--bars", help="Exit with 1 if a model of digits misses its bars.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; up to 4 if not given.")] = None,
 ) -> None:
-    """Measure a bundle's samples. They are held against real data; metrics go into the card, pictures into a report."""
+    """Measure a bundle's samples. Metrics go into its card, a report with pictures beside it or into --out."""
     from latentd_trainer import evaluate as evaluator
     from latentd_trainer.bundle import BundleError
     from latentd_trainer.data import DataError
 
     try:
-        status = evaluator.run(bundle, data=data, out=out, seed=seed, bars=bars, threads=threads, console=console)
+        status = evaluator.run(
+            bundle, data=data, out=out, card=card, cache=cache, seed=seed, bars=bars, threads=threads, console=console
+        )
     except DataError as error:
         fail(error, 2)
     except (BundleError, evaluator.EvaluationError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Measures a bundle by what its graphs answer in ONNX Runtime, writes the figures into its card, and a report.
+"""Measures a bundle by what its graphs answer in ONNX Runtime; writes the figures into its card or a report.
 
 Samples are compared with real images in the feature space of a small classifier of the same data (`classifier`), by
 the metrics of `metrics`. Nothing here needs the training run: what is measured is what is served.
@@ -27,10 +27,7 @@ LARGEST_SUBSET = 1000
 """Rows on each side of the metrics that compare rows one by one; as many as are held out, but no more."""
 BOUND_DRAWS = 500
 
-__all__ = ["CACHE", "EvaluationError", "run"]
-
-CACHE = Path("runs/classifiers")
-"""Where trained classifiers are kept unless told otherwise."""
+__all__ = ["EvaluationError", "run"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,8 @@ def run(
     *,
     data: str = DATASET,
     out: Path | None = None,
-    cache: Path = CACHE,
+    card: bool = False,
+    cache: Path | None = None,
     seed: int = 0,
     bars: bool = False,
     threads: int | None = None,
@@ -70,13 +68,15 @@ def run(
 ) -> int:
     """Evaluate a bundle; return the exit status: 1 if `bars` is set and one is missed, else 0.
 
-    Writes the metrics into the bundle's card, and `report.md` and `samples.png` into `out`.
+    Writes `report.md` and `samples.png` into `out`. Without `out` they go into the bundle, and the metrics into its
+    card.
 
     Args:
         directory: The bundle.
         data: What it was trained on, as `data.load` takes it.
         out: Where the report goes; the bundle's own directory if not given.
-        cache: Where the classifier is kept from one evaluation to the next.
+        card: Write the metrics into the card even if the report goes elsewhere.
+        cache: Where the classifier is kept from one evaluation to the next; `classifier.default_cache()` if not given.
         seed: Of all draws and of the classifier.
         bars: Hold the metrics against `bars.BARS`, and name each one missed.
         threads: Of ONNX Runtime; as many as there are cores, up to 4, if not given.
@@ -100,7 +100,7 @@ def run(
         raise EvaluationError(f"{model.name} draws no samples: it has neither a decoder nor a denoiser")
 
     with console.status("classifier") as status:
-        yardstick = classifier.load_or_train(dataset, cache, seed)
+        yardstick = _yardstick(dataset, cache, seed)
         real = Real.of(dataset, yardstick)
         results = {"classifier-accuracy": yardstick.accuracy, "frechet-floor": real.floor}
         asked = allotted_labels(model, dataset, SAMPLE_COUNT)
@@ -123,12 +123,12 @@ def run(
         status.update("likelihood")
         results |= likelihood(graphs, dataset, seed)
 
-    card = model.card
-    card.metrics.clear()
-    card.metrics.update(results)
+    model.card.metrics.clear()
+    model.card.metrics.update(results)
     limits = BARS.get(model.family, []) if dataset.info.name == DATASET else []
     try:
-        bundles.replace_card(directory, card)
+        if card or out is None:
+            bundles.replace_card(directory, model.card)
         written = report.write(out or directory, model, dataset, drawn, asked, real_row(real, seed), limits)
     except OSError as error:
         raise EvaluationError(f"{error.filename}: cannot be written ({error.strerror})") from error
@@ -138,6 +138,14 @@ def run(
     for why in missed:
         console.print(f"missed: {why}", markup=False, highlight=False, soft_wrap=True)
     return 1 if missed else 0
+
+
+def _yardstick(dataset: Dataset, cache: Path | None, seed: int) -> Yardstick:
+    cache = cache or classifier.default_cache()
+    try:
+        return classifier.load_or_train(dataset, cache, seed)
+    except OSError as error:
+        raise EvaluationError(f"{cache}: cannot be used ({error.strerror}); name another place with --cache") from error
 
 
 def allotted_labels(model: model_pb2.Model, dataset: Dataset, count: int) -> NDArray[np.int64]:
