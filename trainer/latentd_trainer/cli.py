@@ -166,7 +166,9 @@ def evaluate(
     data: Annotated[str, typer.Option(help="What it was trained on, as for fit.")] = "digits",
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the report goes; into the bundle if not given. If given, the bundle is left as it is."),
+        typer.Option(
+            help="Where the report goes; into the bundle if not given. If given, the bundle is left as it is."
+        ),
     ] = None,
     card: Annotated[bool, typer.Option("--card", help="Write the metrics into the card even with --out.")] = False,
     cache: Annotated[
