@@ -188,6 +188,11 @@ class Admission:
             if not flows:
                 del self._flows[ticket.key]
 
+    def typical_s(self, key: GraphKey, rows: int) -> float:
+        """What a call of a graph takes, in seconds; 0 if none was ever timed."""
+        costs = self._costs.get(key)
+        return costs.typical(rows) if costs is not None else 0.0
+
     def forget_model(self, model: str) -> None:
         """Forget what the graphs of a model cost; its last job must be over."""
         for key in [key for key in self._costs if key[0] == model]:

@@ -63,13 +63,13 @@ class Alone:
 
 def _riders(segment: Segment) -> list[tuple[_Key, Segment]]:
     """A segment for each lane."""
-    entry, cohort = segment.entry, segment.cohort
+    entry = segment.entry
     return [
         (
-            (entry.job_id, lane, cohort.position),
-            Segment(entry, Cohort(lane, lane + 1, cohort.position), 1, entry.rows_per_lane),
+            (entry.job_id, lane, segment.position),
+            Segment(entry, Cohort(lane, lane + 1, segment.position), 1, entry.rows_per_lane),
         )
-        for lane in range(cohort.start, cohort.start + segment.count)
+        for lane in range(segment.start, segment.start + segment.count)
     ]
 
 

@@ -116,7 +116,7 @@ class CallRunner:
             jobs.append(segment.entry.job)
             spans.append(slice(rows, rows + segment.rows))
             rows += segment.rows
-        lanes = [slice(segment.cohort.start, segment.cohort.start + segment.count) for segment in segments]
+        lanes = [slice(segment.start, segment.start + segment.count) for segment in segments]
         size = self._buckets.fit(rows)
         frame = self._frame(size)
         for name, target in frame.feeds.arrays.items():

@@ -33,9 +33,7 @@ def sample(fields: Fields, request: generation_service_pb2.SampleRequest, head: 
     resolved.temperature = request.temperature if request.HasField("temperature") else 1.0
     fields.number(resolved.temperature, "temperature", 0, MAX_TEMPERATURE)
     if model.uniform_prior and resolved.temperature != 1:
-        fields.reject(
-            "temperature", "must be unset or 1: latents of this model come from U[0, 1), which has no scale"
-        )
+        fields.reject("temperature", "must be unset or 1: latents of this model come from U[0, 1), which has no scale")
     graph = model.graphs[Role.ROLE_DECODER]
     labels = fields.labels(request.condition, count, model, graph)
     codes = fields.codes(request.condition, count, graph)

@@ -1,7 +1,8 @@
 """The engine: owns the device's thread, the clock and the only loop.
 
-Handlers submit jobs on the event loop; the device thread plans, runs and completes batches; what came of a
-batch goes back to the event loop in one hop. The two sides meet in a queue of commands and in nothing else.
+Handlers submit jobs on the event loop; the device thread plans and runs batches; what came of a batch goes back to the
+event loop in one hop. The two sides meet in a queue of commands and in nothing else. Where calls are long, a second
+thread plans the next batch and deals with the last one while a call is on the device.
 """
 
 import asyncio
@@ -12,7 +13,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 from latentd.v1 import bundle_pb2
@@ -20,6 +23,7 @@ from latentd.v1 import bundle_pb2
 from latentd_server.admission import Admission, Bounds
 from latentd_server.failures import DeadlineError, DrainingError, RuntimeFailureError, ServingError
 from latentd_server.job import Cost, Event, Failed, Finished, Job, Preview, StepJob
+from latentd_server.lookahead import Lookahead
 from latentd_server.points import Points
 from latentd_server.priority import Priority
 from latentd_server.runners import Outcome, Runner, evaluate
@@ -48,6 +52,28 @@ class EngineMetrics(SelfCheckMetrics, Protocol):
 
     def evaluations_wasted(self, count: int) -> None:
         """Evaluations whose result nobody gets."""
+
+
+WORTH_HIDING = 2.0
+"""A call hides the host work of its neighbours if it takes so many times as long as that, for handing work over to
+another thread takes time too; and the work is begun that long before the call is over."""
+_NEWEST = 0.1  # weight of the newest in running means
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A batch on its way: planned, made ready, run, and dealt with."""
+
+    batch: Batch
+    runner: Runner | None
+    planned_s: float
+    size: int = 0  # rows, padding counted
+    expected_s: float = 0.0  # what the call is expected to take
+    prepared: Any = None  # the runner's own
+    results: Any = None
+    failure: Exception | None = None  # of `prepare` or `run`
+    departed_s: float = 0.0
+    landed_s: float = 0.0
 
 
 class DeviceLostError(Exception):
@@ -91,12 +117,17 @@ class Engine:
         self._admission = Admission(bounds, max_rows, caller_weights)  # both sides' own, under the lock
         self._admission_lock = threading.Lock()
         self._untold: list[Callable[[], None] | None] = []
+        self._leavers: set[int] = set()  # cancelled, and still on the books; both sides' own
         # From here on: the device thread's own.
         self._commands: queue.SimpleQueue[list[Callable[[], None] | None]] = queue.SimpleQueue()
         self._runners: dict[GraphKey, Runner] = {}
+        self._newcomers: list[tuple[dict[GraphKey, Runner], bool]] = []  # not yet among them
         self._scheduler = Scheduler(max_rows, caller_weights)
         self._self_check = SelfCheck(metrics, self_check_interval_s)
         self._outbox: list[tuple[int, Event]] = []
+        self._host_s: dict[GraphKey, float] = {}  # a running mean of what it takes to make a call ready
+        self._busy_until_s = 0.0  # when the call before landed
+        self._lookahead: Lookahead[tuple[Flight | None, bool]] = Lookahead("latentd-lookahead")
         self._vain_batches = 0  # in a row, that failed for every segment even alone
         self._thread = threading.Thread(target=self._work, name="latentd-device", daemon=True)
         self._thread.start()
@@ -149,6 +180,7 @@ class Engine:
     def cancel(self, job_id: int) -> None:
         """Give a job up: its lanes ride in no later batch and its sink hears no more."""
         if self._forget_sink(job_id):
+            self._leavers.add(job_id)
             self._tell(lambda: self._drop(job_id))
 
     def pause(self, job_id: int) -> None:
@@ -179,7 +211,7 @@ class Engine:
 
     def attach(self, runners: dict[GraphKey, Runner], *, promise: bool = False) -> None:
         """Take over the graphs of a model that is about to be served; `promise` is whether its bytes are checked."""
-        self._tell(lambda: self._take_over(runners, promise))
+        self._tell(lambda: self._newcomers.append((runners, promise)))
 
     def detach(self, model: str) -> None:
         """Let go of a model's graphs; its last job must be over."""
@@ -246,24 +278,146 @@ class Engine:
                 self._loop.call_soon_threadsafe(self._break_down)
 
     def _run(self) -> None:
-        while self._take_commands():
-            for job_id in self._scheduler.expired(self._clock()):
-                self._fail(job_id, DeadlineError("the deadline passed before the request was finished"))
-            batch = self._scheduler.plan(self._clock())
-            if batch is not None:
-                self._ride(batch)
-            elif self._may_check:
-                self._self_check.step(self._runners, self._clock())
-            self._post()
+        """Fly batches, one after another. A long call is used for the host work of its neighbours: while it is on the
+        device, the one before lands and the one after is made ready.
+        """
+        landing: Flight | None = None  # back, and not yet dealt with
+        flight: Flight | None = None  # ready to depart
+        try:
+            while True:
+                if flight is None:
+                    if landing is not None:
+                        self._land(landing)
+                        landing = None
+                    if not self._take_commands():
+                        return
+                    self._welcome()
+                    flight = self._next_flight()
+                    if flight is None:
+                        if self._may_check:
+                            self._self_check.step(self._runners, self._clock())
+                        continue
+                self._scheduler.depart(flight.batch, flight.expected_s)
+                if flight.expected_s <= WORTH_HIDING * self._host_s.get(flight.batch.key, 0.0):
+                    if landing is not None:
+                        self._land(landing)
+                    self._fly(flight)
+                    landing, flight = flight, None
+                    continue
+                self._lookahead.begin(partial(self._meanwhile, landing, flight))
+                self._fly(flight)
+                following, go_on = self._lookahead.end()
+                landing = flight
+                if following is not None and (landing.failure is not None or not go_on or self._is_stale(following)):
+                    self._scheduler.call_off(following.batch)
+                    following = None
+                flight = following
+                if not go_on:
+                    self._land(landing)
+                    return
+        finally:
+            self._lookahead.close()
+
+    def _is_stale(self, flight: Flight) -> bool:
+        """Whether a job has left since its lanes were given a seat: it must ride no more."""
+        due_s = self._scheduler.next_deadline_s()
+        if due_s is not None and due_s <= self._clock():
+            return True
+        leavers = self._leavers.copy()
+        return bool(leavers) and any(segment.entry.job_id in leavers for segment in flight.batch.segments)
+
+    def _meanwhile(self, landing: Flight | None, flight: Flight) -> tuple[Flight | None, bool]:
+        """The host work beside a call: deal with the one before, then make the next one ready, as late as may be, for
+        what arrives until then can still ride; and whether to go on after that.
+        """
+        if landing is not None:
+            self._land(landing)
+        host_s = self._host_s.get(flight.batch.key, 0.0)
+        due_s = flight.departed_s + flight.expected_s - WORTH_HIDING * host_s
+        self._lookahead.until_over(due_s - self._clock())
+        if not self._take_commands(wait=False):
+            return None, False
+        return self._next_flight(), True
+
+    def _next_flight(self) -> Flight | None:
+        """Plan a batch and make its call ready."""
+        began_s = self._clock()
+        for job_id in self._scheduler.expired(began_s):
+            self._fail(job_id, DeadlineError("the deadline passed before the request was finished"))
+        self._post()
+        batch = None if self._newcomers else self._scheduler.plan(began_s)
+        if batch is None:
+            return None
+        flight = Flight(batch, self._runners.get(batch.key), began_s)
+        try:
+            if flight.runner is None:
+                raise LookupError(f"no graph {batch.key} on the device")
+            flight.size = flight.runner.padded(batch.rows)
+            flight.prepared = flight.runner.prepare(batch.segments)
+        except Exception as error:
+            flight.failure = error
+        now_s = self._clock()
+        flight.expected_s = self._admission.typical_s(batch.key, flight.size)
+        host_s = self._host_s.get(batch.key, now_s - began_s)
+        self._host_s[batch.key] = host_s + _NEWEST * (now_s - began_s - host_s)
+        return flight
+
+    def _fly(self, flight: Flight) -> None:
+        """Make the call. What goes wrong is dealt with when it lands."""
+        self._points.evaluating(flight.batch)
+        flight.departed_s = self._clock()
+        try:
+            if flight.failure is None and flight.runner is not None:
+                flight.results = flight.runner.run(flight.prepared)
+        except Exception as error:
+            flight.failure = error
+        flight.landed_s = self._clock()
+        self._lookahead.over()
+
+    def _land(self, flight: Flight) -> None:
+        """Move the lanes of a call on, and tell what came of it."""
+        batch, runner = flight.batch, flight.runner
+        failures: dict[int, ServingError] = {}
+        try:
+            if flight.failure is not None or runner is None:
+                raise flight.failure or LookupError
+            outcomes = runner.finish(flight.prepared, flight.results)
+        except Exception as error:
+            log.error("a batch of %s failed; its segments are run again one by one", batch.key[0], exc_info=error)
+            outcomes = self._ride_alone(runner, batch, failures)
+            flight.landed_s = self._clock()
+        # Host work counts where the device waited for it.
+        seconds = flight.landed_s - max(flight.planned_s, self._busy_until_s)
+        self._busy_until_s = flight.landed_s
+        rows, size = batch.rows, flight.size or batch.rows
+        self._metrics.batch_ran(batch.key[0], batch.key[1], rows, size, flight.landed_s - flight.departed_s)
+        arrivals = self._scheduler.land(batch, seconds)
+        with self._admission_lock:
+            self._admission.ran(batch, arrivals, size, seconds, flight.landed_s)
+        self._points.evaluated(arrivals)
+        for arrival, outcome in zip(arrivals, outcomes, strict=True):
+            if arrival.wasted:
+                self._metrics.evaluations_wasted(arrival.wasted)
+            elif arrival.segment.entry.job_id not in failures:
+                self._report(arrival, outcome)
+                if arrival.done:
+                    self._self_check.offer(arrival, outcome, flight.landed_s)
+        for job_id, failure in failures.items():
+            self._fail(job_id, failure)
+        self._post()
+        alive = any(segment.entry.job_id not in failures for segment in batch.segments)
+        self._vain_batches = 0 if alive else self._vain_batches + 1
+        if self._vain_batches >= _DEVICE_IS_LOST:
+            raise DeviceLostError(f"{self._vain_batches} batches in a row failed, each row also alone")
 
     @property
     def _may_check(self) -> bool:
         """Whether there is nothing to do but a self-check."""
         return self._self_check.has_work and not len(self._scheduler) and not self._draining
 
-    def _take_commands(self) -> bool:
+    def _take_commands(self, *, wait: bool = True) -> bool:
         """Carry out what has been asked for, waiting for it if there is nothing else to do; False to stop."""
-        block = not self._scheduler.can_ride and not self._may_check
+        block = wait and not self._scheduler.can_ride and not self._may_check
         timeout = None
         if block and (deadline := self._scheduler.next_deadline_s()) is not None:
             timeout = min(max(0.0, deadline - self._clock()), _LONGEST_WAIT_S)
@@ -283,50 +437,21 @@ class Engine:
     ) -> None:
         self._points.queued(self._scheduler.add(job_id, job, caller, now, deadline, priority))
 
-    def _take_over(self, runners: dict[GraphKey, Runner], promise: bool) -> None:
-        for (model, _), runner in runners.items():
-            runner.warm()
-            if promise:
-                self._self_check.begin(model)
-        self._runners.update(runners)
+    def _welcome(self) -> None:
+        """Take over the graphs of new models. Warming up takes the device, so this is for its own thread to do."""
+        newcomers, self._newcomers = self._newcomers, []
+        for runners, promise in newcomers:
+            for (model, _), runner in runners.items():
+                runner.warm()
+                if promise:
+                    self._self_check.begin(model)
+            self._runners.update(runners)
 
     def _let_go(self, model: str) -> None:
         self._self_check.end(model, self._runners)
         self._runners = {key: runner for key, runner in self._runners.items() if key[0] != model}
         with self._admission_lock:
             self._admission.forget_model(model)
-
-    def _ride(self, batch: Batch) -> None:
-        runner = self._runners.get(batch.key)
-        self._points.evaluating(batch)
-        started = self._clock()
-        failures: dict[int, ServingError] = {}
-        try:
-            if runner is None:
-                raise LookupError(f"no graph {batch.key} on the device")
-            outcomes = evaluate(runner, batch.segments)
-        except Exception:
-            log.exception("a batch of %s failed; its segments are run again one by one", batch.key[0])
-            outcomes = self._ride_alone(runner, batch, failures)
-        seconds = self._clock() - started
-        rows = batch.rows
-        padded = runner.padded(rows) if runner else rows
-        self._metrics.batch_ran(batch.key[0], batch.key[1], rows, padded, seconds)
-        arrivals = self._scheduler.complete(batch, seconds)
-        with self._admission_lock:
-            self._admission.ran(batch, arrivals, padded, seconds, started + seconds)
-        self._points.evaluated(arrivals)
-        for arrival, outcome in zip(arrivals, outcomes, strict=True):
-            if arrival.segment.entry.job_id not in failures:
-                self._report(arrival, outcome)
-                if arrival.done:
-                    self._self_check.offer(arrival, outcome, started + seconds)
-        for job_id, error in failures.items():
-            self._fail(job_id, error)
-        alive = any(segment.entry.job_id not in failures for segment in batch.segments)
-        self._vain_batches = 0 if alive else self._vain_batches + 1
-        if self._vain_batches >= _DEVICE_IS_LOST:
-            raise DeviceLostError(f"{self._vain_batches} batches in a row failed, each row also alone")
 
     def _ride_alone(self, runner: Runner | None, batch: Batch, failures: dict[int, ServingError]) -> list[Outcome]:
         """One bad row must not fail its neighbours: every segment gets a call of its own."""
@@ -337,7 +462,7 @@ class Engine:
                 failures.setdefault(segment.entry.job_id, RuntimeFailureError(batch.key[0]))
             else:
                 try:
-                    (outcome,) = evaluate(runner, [segment])
+                    (outcome,) = evaluate(runner, [segment.again()])
                 except Exception:
                     log.exception("job %d of %s failed alone", segment.entry.job_id, batch.key[0])
                     failures[segment.entry.job_id] = RuntimeFailureError(batch.key[0])
@@ -345,19 +470,19 @@ class Engine:
         return outcomes
 
     def _report(self, arrival: Arrival, outcome: Outcome) -> None:
-        entry, cohort = arrival.segment.entry, arrival.segment.cohort
-        lanes = np.arange(cohort.start, cohort.stop)
+        entry, segment = arrival.segment.entry, arrival.segment
+        lanes = np.arange(segment.start, segment.start + segment.count)
         if arrival.done:
             assert outcome.outputs is not None
-            each = cohort.cost
-            cost = Cost(each.queue_s, each.compute_s, each.evaluations * cohort.count, each.batches, each.rows)
+            each = segment.cohort.cost
+            cost = Cost(each.queue_s, each.compute_s, each.evaluations * segment.count, each.batches, each.rows)
             self._outbox.append((entry.job_id, Finished(lanes, outcome.outputs, cost, arrival.last)))
             if arrival.last:
                 self._forget(entry)
         elif outcome.preview is not None:
             assert isinstance(entry.job, StepJob)
             table = entry.job.tables[0]
-            steps = int(table.completed_steps[cohort.position - 1])
+            steps = int(table.completed_steps[segment.position])
             self._outbox.append((entry.job_id, Preview(lanes, steps, table.step_count, outcome.preview)))
 
     def _fail(self, job_id: int, error: ServingError) -> None:
@@ -366,6 +491,7 @@ class Engine:
 
     def _drop(self, job_id: int) -> None:
         """Take an unfinished job off the books."""
+        self._leavers.discard(job_id)
         entry = self._scheduler.find(job_id)
         if entry is None:
             return

@@ -1,8 +1,8 @@
 """Who rides in the next batch. Pure: no clock, no thread, no gRPC, no ONNX Runtime.
 
 There are no samplers and no requests here, only lanes that want one evaluation. `plan` decides which lanes
-ride, the engine runs them, `complete` moves them on; all three are plain calls on plain data, so that a
-simulator can drive them with any clock.
+ride; with `depart` they count as moved on, so that the batch after can be planned while theirs is on the device;
+`land` says what came of them. All are plain calls on plain data, so that a simulator can drive them with any clock.
 
 The rules:
 
@@ -47,6 +47,8 @@ class Cohort:
     stop: int
     position: int
     cost: Cost = field(default_factory=Cost)  # of each lane
+    flights: int = 0  # batches it is in that have departed and not landed
+    parted: "list[Cohort]" = field(default_factory=list)  # lanes that were split off since the first of them departed
 
     @property
     def count(self) -> int:
@@ -57,6 +59,8 @@ class Cohort:
         """Take the first `count` lanes out."""
         head = Cohort(self.start, self.start + count, self.position, replace(self.cost))
         self.start += count
+        if self.flights:
+            self.parted.append(head)
         return head
 
 
@@ -71,7 +75,7 @@ class Entry:
     admitted_s: float
     deadline_s: float | None
     cohorts: list[Cohort]  # waiting to ride, furthest along first
-    riding: int = 0  # lanes in the batch under way
+    riding: int = 0  # lanes in batches that have not landed
     paused: bool = False
     ready: bool = False  # has lanes that may ride; kept by the scheduler
     key: GraphKey = field(init=False)
@@ -94,7 +98,7 @@ class Entry:
         return not self.cohorts and not self.riding
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Segment:
     """Lanes of one job that ride in a batch side by side, at the same evaluation."""
 
@@ -102,9 +106,21 @@ class Segment:
     cohort: Cohort
     count: int  # lanes
     rows: int  # what they take in the call
+    start: int = field(init=False)  # the first lane; the cohort may be split while the batch is under way
+    position: int = field(init=False)  # of the evaluation they take; the cohort moves on
+    last_leg: bool = False  # when it departed, it was not to ride again
+
+    def __post_init__(self) -> None:
+        self.start = self.cohort.start
+        self.position = self.cohort.position
+
+    def again(self) -> "Segment":
+        """The same lanes at the same evaluation, whatever has become of the cohort since."""
+        cohort = Cohort(self.start, self.start + self.count, self.position)
+        return Segment(self.entry, cohort, self.count, self.rows)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Batch:
     """What one network call evaluates."""
 
@@ -112,6 +128,7 @@ class Batch:
     segments: list[Segment]
     lead: "Flow"
     weight: float  # at which its leader pays for the device's time
+    expected_s: float = 0.0  # what its leader has paid already
 
     @property
     def rows(self) -> int:
@@ -126,6 +143,7 @@ class Arrival:
     segment: Segment
     done: bool  # its lanes need no further evaluation
     last: bool  # and with them the job is over
+    wasted: int = 0  # evaluations nobody gets, since the job left while it rode
 
 
 @dataclass(slots=True, eq=False)
@@ -312,7 +330,7 @@ class Scheduler:
         return self._deadlines[0][0] if self._deadlines else None
 
     def plan(self, now_s: float) -> Batch | None:
-        """The next batch, or None if no lane may ride. The lanes in it ride until `complete`."""
+        """The next batch, or None if no lane may ride. Its lanes are in no other until it departs."""
         if not self._ready:
             return None
         lead = self._weigh()
@@ -412,25 +430,60 @@ class Scheduler:
                 paid = rows - left if paid is None else paid
         return rows - left, rows - left if paid is None else paid
 
-    def complete(self, batch: Batch, seconds: float) -> list[Arrival]:
-        """Move the riders on by one evaluation, `seconds` after they set off; one arrival a segment, in order."""
-        batch.lead.led_s += seconds / batch.weight
+    def depart(self, batch: Batch, expected_s: float = 0.0) -> None:
+        """A batch sets off: its lanes may ride in the next one, as if they had taken their evaluation already.
+
+        One batch at most may have departed and not landed when the next is planned. Its leader pays what the call is
+        expected to take, so that the next batch is another's turn; `land` makes up the difference.
+        """
+        batch.expected_s = expected_s
+        batch.lead.led_s += expected_s / batch.weight
+        for segment in batch.segments:
+            entry, cohort = segment.entry, segment.cohort
+            cohort.flights += 1
+            cohort.position += 1
+            segment.last_leg = cohort.position == entry.evaluation_count or self._entries.get(entry.job_id) is not entry
+            if not segment.last_leg:
+                _insert(entry.cohorts, cohort)
+                self._refresh(entry)
+
+    def land(self, batch: Batch, seconds: float) -> list[Arrival]:
+        """The batch that departed first is back, `seconds` after it set off; one arrival a segment, in order."""
+        batch.lead.led_s += (seconds - batch.expected_s) / batch.weight
         live_rows = batch.rows
         arrivals: list[Arrival] = []
         for segment in batch.segments:
-            entry, cohort = segment.entry, segment.cohort
+            entry = segment.entry
             entry.riding -= segment.count
-            cohort.position += 1
-            cohort.cost.compute_s += seconds
-            cohort.cost.evaluations += entry.rows_per_lane
-            cohort.cost.batches += 1
-            cohort.cost.rows += live_rows
-            done = cohort.position == entry.evaluation_count
-            if not done:
-                _insert(entry.cohorts, cohort)
-                self._refresh(entry)
-            arrivals.append(Arrival(segment, done, done and entry.is_over))
+            for cohort in (segment.cohort, *segment.cohort.parted):
+                cohort.cost.compute_s += seconds
+                cohort.cost.evaluations += entry.rows_per_lane
+                cohort.cost.batches += 1
+                cohort.cost.rows += live_rows
+            segment.cohort.flights -= 1
+            segment.cohort.parted.clear()
+            done = segment.position == entry.evaluation_count - 1
+            if self._entries.get(entry.job_id) is entry:
+                arrivals.append(Arrival(segment, done, done and entry.is_over))
+            else:
+                # `remove` has counted what was spent on lanes that waited to ride again.
+                spent = segment.cohort.cost.evaluations if segment.last_leg else entry.rows_per_lane
+                arrivals.append(Arrival(segment, done, False, wasted=segment.count * spent))
         return arrivals
+
+    def complete(self, batch: Batch, seconds: float) -> list[Arrival]:
+        """A batch departs and lands, with nothing planned in between."""
+        self.depart(batch)
+        return self.land(batch, seconds)
+
+    def call_off(self, batch: Batch) -> None:
+        """A batch that was planned will not depart: its lanes wait again. What its callers were charged, they were."""
+        for segment in batch.segments:
+            entry = segment.entry
+            entry.riding -= segment.count
+            if self._entries.get(entry.job_id) is entry:
+                _insert(entry.cohorts, segment.cohort)
+                self._refresh(entry)
 
 
 def _insert(cohorts: list[Cohort], cohort: Cohort) -> None:

@@ -75,11 +75,11 @@ class SelfCheck:
         """Lanes are finished; one of them is chosen if a check is due."""
         if now_s < self._due_s or outcome.outputs is None or arrival.segment.entry.key[0] not in self._promised:
             return
-        entry, cohort = arrival.segment.entry, arrival.segment.cohort
-        row = self._chosen % cohort.count
+        segment = arrival.segment
+        row = self._chosen % segment.count
         self._chosen += 1
         self._due_s = np.inf
-        self._check = _Check(_alone(_lane_of(entry.job, cohort.start + row)), _digest(outcome.outputs, row))
+        self._check = _Check(_alone(_lane_of(segment.entry.job, segment.start + row)), _digest(outcome.outputs, row))
 
     def step(self, runners: Mapping[GraphKey, Runner], now_s: float) -> None:
         """Take one evaluation of the check under way, alone, and compare if it was the last."""

@@ -223,10 +223,10 @@ class StepRunner:
         draws = Draws()
         rows = lane = 0
         for number, segment in enumerate(segments):
-            job_id, cohort, count = segment.entry.job_id, segment.cohort, segment.count
+            job_id, count = segment.entry.job_id, segment.count
             walk = self._walks.get(job_id) or self._board(job_id, segment.entry.job)
-            job, position = walk.job, cohort.position
-            first, stop = cohort.start, cohort.start + count
+            job, position = walk.job, segment.position
+            first, stop = segment.start, segment.start + count
             rows += segment.rows
             if position == 0:
                 self._seat(walk, first, stop)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import books
 import doors
-from latentd_server import app
+from latentd_server import app, engine
 from latentd_server.metrics import Metrics
 
 
@@ -59,3 +59,12 @@ def _every_server_comes_to_rest(_kept: None) -> Iterator[None]:
     for metrics in list(_Kept.alive):
         books.must_rest(lambda metrics=metrics: metrics.exposition().decode())
     _Kept.fresh.clear()
+
+
+@pytest.fixture(scope="module", params=["short-calls", "long-calls"])
+def call_length(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Tiny networks' calls are too short to do host work beside them; here with them, and as if they were not."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "long-calls":
+            patch.setattr(engine, "WORTH_HIDING", 0.0)
+        yield request.param

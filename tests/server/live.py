@@ -62,6 +62,11 @@ class Live:
         """Let the server's event loop do what it was asked to until now."""
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(60)
 
+    def settle(self) -> None:
+        """Wait until the engine has been handed what it was asked for until now."""
+        for _ in range(2):
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(30)
+
     def sample(self, request: pb.SampleRequest) -> bytes:
         """The samples of a request in order, as bytes, with their latents and labels."""
         return gathered(self.stub.Sample(request, timeout=60))

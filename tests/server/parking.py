@@ -49,7 +49,7 @@ class Parking(Points):
 
     def evaluating(self, batch: Batch) -> None:
         for segment in batch.segments:
-            self._pass(segment.entry, segment.cohort.position, len(batch.segments))
+            self._pass(segment.entry, segment.position, len(batch.segments))
 
     def evaluated(self, arrivals: Sequence[Arrival]) -> None:
         for arrival in arrivals:

@@ -31,7 +31,7 @@ class Counting:
     def prepare(self, segments: Sequence[Segment]) -> tuple[int, int]:
         [segment] = segments
         assert (segment.count, segment.cohort.count) == (1, 1), "one lane a call"
-        return segment.entry.job_id, segment.cohort.start
+        return segment.entry.job_id, segment.start
 
     def run(self, prepared: tuple[int, int]) -> Array:
         if prepared in self.failing:

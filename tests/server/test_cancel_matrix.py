@@ -39,7 +39,8 @@ def parking() -> Parking:
 
 
 @pytest.fixture(scope="module")
-def live(models_root: Path, parking: Parking) -> Iterator[Live]:
+def live(models_root: Path, parking: Parking, call_length: str) -> Iterator[Live]:
+    del call_length  # set before it starts
     running = Live(models_root, parking, max_batch_rows=16, self_check_interval=0)
     yield running
     running.stop()
@@ -116,6 +117,7 @@ def give_up(
             return False
         calls = [live.stub.Sample(request, timeout=60) for request in NEIGHBOURS]
         until(lambda: live.unfinished == 1 + len(NEIGHBOURS) or victim_is_over(victim, counters))
+        live.settle()
         stop = gate if place == QUEUED else parking.hold(SEED, place)
         if place != QUEUED:
             gate.leave.set()

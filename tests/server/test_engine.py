@@ -1,7 +1,6 @@
 """The engine on real tiny bundles: bytes, isolation, deadlines, cancels, overload, drain."""
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from latentd.names import SAMPLERS
 from latentd.v1 import bundle_pb2
+from latentd_server import engine as engine_module
 from latentd_server import samplers
 from latentd_server.engine import Engine
 from latentd_server.failures import (
@@ -133,8 +133,10 @@ class Bench:
         return value
 
 
-@pytest.fixture
-async def bench(root: Path) -> AsyncIterator[Bench]:
+@pytest.fixture(params=[engine_module.WORTH_HIDING, 0.0], ids=["short-calls", "long-calls"])
+async def bench(root: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    """With calls too short to do host work beside them, as these are, and as if they were long enough."""
+    monkeypatch.setattr(engine_module, "WORTH_HIDING", request.param)
     bench = await Bench.start(root)
     yield bench
     assert (bench.engine.backlog, bench.engine.queue_depth) == (0, 0), "at rest nothing is outstanding"
@@ -243,20 +245,28 @@ async def test_a_passed_deadline_is_refused_at_the_door(bench: Bench) -> None:
         bench.engine.submit(bench.steps(), caller="x", deadline=0.0, sink=lambda event: None)
 
 
-async def test_a_deadline_that_no_load_explains_is_refused_with_an_estimate(root: Path) -> None:
+async def test_a_deadline_that_no_load_explains_is_refused_with_an_estimate(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A walk whose steps alone take longer than the time left is refused; a shorter one is accepted."""
-    ticks = itertools.count()
+    now = [0.0]
+    run = StepRunner.run
+
+    def slow(runner: StepRunner, prepared: Any) -> Any:
+        now[0] += 0.1
+        return run(runner, prepared)
+
+    monkeypatch.setattr(StepRunner, "run", slow)
     metrics = Metrics()
-    engine = Engine(metrics, max_rows=MAX_ROWS, max_backlog=100_000, clock=lambda: next(ticks) * 0.1)
+    engine = Engine(metrics, max_rows=MAX_ROWS, max_backlog=100_000, clock=lambda: now[0])
     registry = Registry(root, engine, Device("cpu"), threads=1, max_rows=MAX_ROWS)
     await registry.load_all()
     bench = Bench(engine, registry, metrics)
     await bench.result(bench.steps("ddim", 3))  # every call takes a tenth of a second by this clock
-    now = next(ticks) * 0.1
     with pytest.raises(DeadlineUnreachableError, match="50 evaluations one after another") as caught:
-        engine.submit(bench.steps("ddim", 50), caller="x", deadline=now + 2, sink=lambda event: None)
+        engine.submit(bench.steps("ddim", 50), caller="x", deadline=now[0] + 2, sink=lambda event: None)
     assert caught.value.estimate_s == pytest.approx(5.0, rel=0.2)
-    assert isinstance((await bench.events(bench.steps("ddim", 50), deadline=now + 1000))[-1], Finished)
+    assert isinstance((await bench.events(bench.steps("ddim", 50), deadline=now[0] + 1000))[-1], Finished)
     await engine.close()
 
 

@@ -26,7 +26,8 @@ D, V, G = "tiny-diffusion", "tiny-vae", "tiny-gan"
 
 
 @pytest.fixture(scope="module")
-def live(models_root: Path) -> Iterator[Live]:
+def live(models_root: Path, call_length: str) -> Iterator[Live]:
+    del call_length  # set before it starts
     running = Live(models_root, max_batch_rows=8)
     yield running
     running.stop()
