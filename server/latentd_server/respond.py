@@ -243,7 +243,10 @@ def _uniforms(seed: int, like: Array, stream: int) -> Array:
     return noise.uniforms(*keys, math.prod(like.shape[1:])).reshape(like.shape)
 
 
-def _keys(seed: int, like: Array, purpose: Purpose, stream: int) -> tuple[NDArray[np.int64], ...]:
+_Key = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+
+
+def _keys(seed: int, like: Array, purpose: Purpose, stream: int) -> _Key:
     """Row i is drawn by (seed, i)."""
     count, word = len(like), noise.word(purpose, stream)
     return np.full(count, seed), np.arange(count), np.zeros(count, np.int64), np.full(count, word)

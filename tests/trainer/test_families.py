@@ -20,7 +20,13 @@ TINY = {
     "vae": {"width": 8, "hidden": 16, "latent": 3},
     "gan": {"width": 8, "hidden": 16, "latent": 5},
     "diffusion": {"width": 8, "timestep_count": 20},
+    "helmholtz": {"lower": 6, "upper": 4, "draws": 3},
+    "sigmoid_belief_net": {"lower": 5, "upper": 3, "sweeps": 1, "served_sweeps": 2},
+    "predictability_minimization": {"units": 4, "hidden": 16, "predictor_hidden": 4},
+    "naive_bayes": {"variance_floor": 0.01},
 }
+CONVOLUTIONAL = ("vae", "gan", "diffusion")
+FOLLOW_GRADIENTS = [name for name in FAMILIES if name != "naive_bayes"]
 
 
 def info_of(shape: tuple[int, int, int], levels: int = 256) -> DataInfo:
@@ -41,7 +47,7 @@ def one_step(family: Family, step: int = 0) -> dict[str, torch.Tensor]:
     return family.step(Batch(images, labels), Moment(step, 50, generator, Shard(), contextlib.nullcontext))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FOLLOW_GRADIENTS)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 10, 12), (1, 28, 28), (3, 32, 32)])
 def test_a_step_and_samples_at_every_size(name: str, shape: tuple[int, int, int]) -> None:
     """Sizes that halve to 4 to 7 pixels train with finite losses, and samples have the data's shape and range."""
@@ -54,7 +60,7 @@ def test_a_step_and_samples_at_every_size(name: str, shape: tuple[int, int, int]
     assert samples.abs().max() <= 1 + 1e-6
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_samples_follow_their_seed_and_label(name: str) -> None:
     """Equal seeds give equal samples; another seed or label gives others."""
     family = tiny(name)
@@ -68,10 +74,10 @@ def test_samples_follow_their_seed_and_label(name: str) -> None:
     assert not torch.equal(family.sample(labels.flip(0), seed=1)[0], first[0])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FOLLOW_GRADIENTS)
 def test_a_step_changes_every_network_and_average(name: str) -> None:
     """After three steps no trained tensor is where it was, and the averages have moved after them."""
-    family = tiny(name, width=16)
+    family = tiny(name, **({"width": 16} if name in CONVOLUTIONAL else {}))
     before = {key: module_state(module) for key, module in family.modules.items()}
     averages = {key: module_state(average.module) for key, average in family.averages.items()}
     for step in range(3):  # layers after one that starts as zero get a gradient from the second step on
@@ -89,7 +95,7 @@ def module_state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.detach().clone() for key, value in module.named_parameters()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_every_loss_falls_or_the_game_goes_on(name: str) -> None:
     """Thirty steps on one batch lower the loss; the GAN's discriminator gets ahead of chance, 2 ln 2."""
     family = tiny(name, learning_rate=2e-3, **({} if name == "gan" else {"warm_up_steps": 0}))
@@ -110,7 +116,7 @@ def test_graphs_of_an_awkward_size_export_with_equal_bytes_in_every_batch(name: 
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     record = RunRecord(name, dataclasses.asdict(family.config), "tiny", family.info, 0, "fp32", 1, 1, {})
     written = write_bundle(
-        family.serving_spec(), record, datetime(2026, 1, 2, tzinfo=UTC), models=tmp_path, name=f"tiny-{name}"
+        family.serving_spec(), record, datetime(2026, 1, 2, tzinfo=UTC), models=tmp_path, name="tiny"
     )
     proofs = bundles.read_record(written)["export"]["parity"]
     assert {role: proof["row_invariant"] for role, proof in proofs.items()} == dict.fromkeys(proofs, True)
@@ -125,7 +131,7 @@ def test_networks_halve_down_to_small_maps(shape: tuple[int, int, int], count: i
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 8), (1, 6, 6), (1, 4, 4), (1, 8, 64), (3, 34, 34), (1, 250, 250)])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_sizes_that_no_network_takes_are_refused(name: str, shape: tuple[int, int, int]) -> None:
     """Odd, tiny and badly divisible sizes are refused with the sizes that are allowed."""
     with pytest.raises(ValueError, match=f"images of {shape[1]} x {shape[2]}: both sides must be at least 8 and even"):
@@ -146,7 +152,7 @@ def test_every_wrong_setting_is_named() -> None:
 
 def test_an_unknown_family_is_told_which_there_are() -> None:
     """The error lists the families."""
-    with pytest.raises(ValueError, match="unknown family 'flow': must be one of vae, gan, diffusion"):
+    with pytest.raises(ValueError, match=r"unknown family 'flow': must be one of .*, vae, gan, diffusion"):
         load_family("flow")
 
 
@@ -155,4 +161,4 @@ def test_every_setting_says_what_it_is(name: str) -> None:
     """`latentd-train settings` has a sentence for each setting, and the ones every family has are there."""
     fields = {entry.name: entry for entry in dataclasses.fields(load_family(name).config_type)}
     assert all(entry.metadata["help"] for entry in fields.values())
-    assert {"steps", "batch_size", "learning_rate"} <= set(fields)
+    assert {"steps", "batch_size"} <= set(fields)

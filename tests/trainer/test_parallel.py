@@ -10,16 +10,18 @@ import pytest
 import torch
 from latentd_trainer.checkpoint import CHECKPOINT_FILE, read_record
 from latentd_trainer.cli import app
-from latentd_trainer.families import FAMILIES
 from latentd_trainer.shard import Shard
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 STEPS = 6
 SETTINGS = {
-    "vae": ["hidden=16", "latent=3", "free_bits=0.05", "kl_warm_up=0"],
-    "gan": ["hidden=16", "latent=5"],
-    "diffusion": ["timestep_count=20"],
+    "vae": ["width=16", "hidden=16", "latent=3", "free_bits=0.05", "kl_warm_up=0"],
+    "gan": ["width=16", "hidden=16", "latent=5"],
+    "diffusion": ["width=16", "timestep_count=20"],
+    "helmholtz": ["lower=6", "upper=4", "draws=3"],
+    "sigmoid_belief_net": ["lower=5", "upper=3", "sweeps=1"],
+    "predictability_minimization": ["units=4", "hidden=16", "predictor_hidden=4"],
 }
 JOIN_AND_LEAVE = """
 from pathlib import Path
@@ -46,10 +48,10 @@ def torchrun(*arguments: str | Path) -> None:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SETTINGS)
 def test_two_processes_train_what_one_does(tmp_path: Path, family: str) -> None:
     """Under torchrun, with the same global batch, weights, averages and logged losses agree to float tolerance."""
-    settings = [f"steps={STEPS}", "batch_size=8", "width=16", *SETTINGS[family]]
+    settings = [f"steps={STEPS}", "batch_size=8", *SETTINGS[family]]
     options = ["--device", "cpu", "--seed", "5", *(part for setting in settings for part in ("--set", setting))]
     assert CliRunner().invoke(app, ["fit", family, "--out", str(tmp_path / "one"), *options]).exit_code == 0
     torchrun("-m", "latentd_trainer", "fit", family, "--out", tmp_path / "two", *options)

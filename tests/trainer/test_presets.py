@@ -14,7 +14,7 @@ from latentd_trainer import cli
 from latentd_trainer.checkpoint import RunRecord, build_family, read_record
 from latentd_trainer.data import DataInfo
 from latentd_trainer.export import write_bundle
-from latentd_trainer.families import FAMILIES, Batch, Moment, load_family, preset_settings
+from latentd_trainer.families import Batch, Moment, load_family, preset_settings
 from latentd_trainer.families.augmentation import mirrored
 from latentd_trainer.families.sizes import PyramidSettings
 from latentd_trainer.nets import Attention
@@ -38,7 +38,7 @@ def info_of(shape: tuple[int, int, int]) -> DataInfo:
 
 
 @pytest.mark.parametrize("preset", SHAPES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MILLIONS)
 def test_presets_have_the_size_they_claim(name: str, preset: str) -> None:
     """Every family has every preset; its networks take the images it is named after and have attention."""
     kind = load_family(name)
@@ -51,7 +51,7 @@ def test_presets_have_the_size_they_claim(name: str, preset: str) -> None:
     assert all(any(isinstance(part, Attention) for part in module.modules()) for module in modules)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MILLIONS)
 def test_the_large_preset_trains_and_exports_when_it_is_narrow(name: str, tmp_path: Path) -> None:
     """The large preset's levels, blocks and attention at 8 channels: steps change the weights, and the graphs equal
     torch and keep every row's bytes in every batch.

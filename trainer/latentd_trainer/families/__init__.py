@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from latentd_trainer.shard import Shard
     from latentd_trainer.spec import ServingSpec
 
-FAMILIES = {"vae": "Vae", "gan": "Gan", "diffusion": "Diffusion"}
+FAMILIES = {
+    "naive_bayes": "NaiveBayes",
+    "sigmoid_belief_net": "SigmoidBeliefNet",
+    "helmholtz": "HelmholtzMachine",
+    "predictability_minimization": "PredictabilityMinimization",
+    "vae": "Vae",
+    "gan": "Gan",
+    "diffusion": "Diffusion",
+}
 """Every family by its name on the command line, and its class in the module of that name."""
 
 
@@ -66,7 +74,7 @@ class Family(ABC):
     """
 
     config_type: ClassVar[type[Any]]
-    """A frozen dataclass of `setting`s, and of `steps`, `batch_size` and `learning_rate` at least."""
+    """A frozen dataclass of `setting`s, and of `steps` and `batch_size` (0 is all images) at least."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings that belong together, by name: recipes for other data than the defaults are for."""
