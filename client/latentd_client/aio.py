@@ -13,14 +13,14 @@ from latentd.v1.generation_service_pb2_grpc import GenerationServiceStub
 from numpy.typing import ArrayLike
 
 from latentd_client import errors
-from latentd_client.calls import Calls, Program, Unary, Within, presented_as
+from latentd_client.calls import Calls, Priority, Program, Unary, Within, presented_as
 from latentd_client.channels import (
     DEFAULT_TARGET,
     TLS,
     ChannelOption,
-    Deadline,
     Liveness,
     Settings,
+    Terms,
     new_request_id,
     random_seed,
     translate,
@@ -55,8 +55,8 @@ def _gathered(
 
     @presented_as(program, Samples)
     async def method(self: "AsyncClient", /, *args: _P.args, **kwargs: _P.kwargs) -> Samples:
-        run, deadline = await self._run(program(self._calls, *args, **kwargs))
-        return await self._gather(run, deadline)
+        run, terms = await self._run(program(self._calls, *args, **kwargs))
+        return await self._gather(run, terms)
 
     return method
 
@@ -68,8 +68,8 @@ def _streamed(
 
     @presented_as(program, AsyncGenerator[Event])
     async def method(self: "AsyncClient", /, *args: _P.args, **kwargs: _P.kwargs) -> AsyncGenerator[Event]:
-        run, deadline = await self._run(program(self._calls, *args, **kwargs))
-        async with contextlib.aclosing(self._events(run, deadline)) as events:
+        run, terms = await self._run(program(self._calls, *args, **kwargs))
+        async with contextlib.aclosing(self._events(run, terms)) as events:
             async for event in events:
                 yield event
 
@@ -95,6 +95,7 @@ class AsyncClient:
         timeout: seconds a call may take unless it says otherwise; `math.inf` for no deadline.
         retries: how often and how fast to try again; `Retries(max_attempts=1)` for never.
         caller: who calls, for the server's fairness and logs.
+        priority: "high", "normal" or "low", of calls that do not say otherwise.
         channel_options: further gRPC channel options; they win over this library's.
 
     Raises:
@@ -122,9 +123,10 @@ class AsyncClient:
         timeout: float = 60.0,
         retries: Retries = Retries(),  # noqa: B008  # frozen
         caller: str | None = None,
+        priority: Priority = "normal",
         channel_options: Sequence[ChannelOption] = (),
     ) -> None:
-        self._settings = Settings(target, tls, timeout, retries, caller, tuple(channel_options))
+        self._settings = Settings(target, tls, timeout, retries, caller, priority, tuple(channel_options))
         self._calls = Calls(random_seed)
         self._liveness = Liveness()
         credentials = self._settings.credentials
@@ -153,54 +155,54 @@ class AsyncClient:
         self._liveness.closed = True
         await self._channel.close()
 
-    async def _run(self, program: Program[_T], deadline: Deadline | None = None) -> tuple[_T, Deadline]:
-        """Answer what a program asks until it returns; within a deadline that is set already, or its own."""
-        limited = deadline is not None
-        deadline = deadline or Deadline.after(self._settings.timeout_s)
+    async def _run(self, program: Program[_T], terms: Terms | None = None) -> tuple[_T, Terms]:
+        """Answer what a program asks until it returns; on terms that are set already, or its own."""
+        settled = terms is not None
+        terms = terms or self._settings.terms()
         answer: Any = None
         while True:
             try:
                 ask = program.send(answer)
             except StopIteration as stop:
-                return stop.value, deadline
+                return stop.value, terms
             answer = None
             match ask:
                 case Within():
-                    if not limited and ask.timeout_s is not None:
-                        deadline = Deadline.after(ask.timeout_s)
-                    limited = True
+                    if not settled:
+                        terms = terms.changed(ask.timeout_s, ask.priority)
+                    settled = True
                 case Unary():
-                    answer = await self._call(ask, deadline)
+                    answer = await self._call(ask, terms)
                 case SampleRun():
-                    answer = await self._gather(ask, deadline)
+                    answer = await self._gather(ask, terms)
 
-    async def _call(self, ask: Unary, deadline: Deadline) -> Any:
+    async def _call(self, ask: Unary, terms: Terms) -> Any:
         self._liveness.check()
         request_id = new_request_id()
         with self._translated(request_id, getattr(ask.request, "model", "")):
             return await self._unary_calls[ask.rpc](
-                ask.request, timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
+                ask.request, timeout=terms.timeout(), metadata=self._settings.metadata(request_id, terms)
             )
 
-    async def _gather(self, run: SampleRun, deadline: Deadline) -> Samples:
+    async def _gather(self, run: SampleRun, terms: Terms) -> Samples:
         run.one_class = True
-        parts = [event async for event in self._events(run, deadline) if isinstance(event, Samples)]
+        parts = [event async for event in self._events(run, terms) if isinstance(event, Samples)]
         return assemble(parts, run.request.sample_count)
 
-    async def _events(self, run: SampleRun, deadline: Deadline) -> AsyncGenerator[Event]:
+    async def _events(self, run: SampleRun, terms: Terms) -> AsyncGenerator[Event]:
         """Every event of a run, over as many streams as it takes."""
         attempts = self._settings.attempts()
         request_id = new_request_id()
         while not run.done:
             self._liveness.check()
             call = self._generation.Sample(
-                run.next_request(), timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
+                run.next_request(), timeout=terms.timeout(), metadata=self._settings.metadata(request_id, terms)
             )
             try:
                 with self._translated(request_id, run.request.model):
                     async for response in call:
                         events = run.receive(response)
-                        await self._run(self._calls.follow(run), deadline)
+                        await self._run(self._calls.follow(run), terms)
                         for event in events:
                             yield event
                 failure: errors.LatentdError | None = run.shortfall()
@@ -209,7 +211,7 @@ class AsyncClient:
             finally:
                 call.cancel()
             if failure is not None and not run.done:  # samples are final: how the stream ended changes nothing
-                await self._pause(attempts, failure, run.progress, deadline)
+                await self._pause(attempts, failure, run.progress, terms)
         attempts.throttle.succeeded()
 
     @contextlib.contextmanager
@@ -231,10 +233,10 @@ class AsyncClient:
                 raise errors.Cancelled("the client was closed", request_id=request_id) from None
             raise
 
-    async def _pause(self, attempts: Attempts, failure: errors.LatentdError, progress: int, deadline: Deadline) -> None:
+    async def _pause(self, attempts: Attempts, failure: errors.LatentdError, progress: int, terms: Terms) -> None:
         """Wait before the next attempt, or raise `failure` if there shall be none."""
         await asyncio.sleep(
-            attempts.delay_s(failure, progress=progress, remaining_s=deadline.remaining_s, chance=random.random())
+            attempts.delay_s(failure, progress=progress, remaining_s=terms.remaining_s, chance=random.random())
         )
 
 
@@ -251,7 +253,7 @@ class AsyncDenoiseLoop(LoopView):
         super().__init__()
         self._client = client
         self._program = program
-        self._deadline = Deadline.never()
+        self._terms = Terms.never()
         self._request_id = new_request_id()
         self._attempts = client._settings.attempts()
         self._call: Any = None  # a grpc.aio.StreamStreamCall
@@ -260,7 +262,7 @@ class AsyncDenoiseLoop(LoopView):
     async def __aenter__(self) -> Self:
         if self._opened is not None:
             raise RuntimeError("a loop is opened once; make another")
-        run, self._deadline = await self._client._run(self._program)
+        run, self._terms = await self._client._run(self._program)
         self._opened = LoopRun(run.request, run.model)
         await self._catch_up()
         return self
@@ -310,15 +312,15 @@ class AsyncDenoiseLoop(LoopView):
             finally:
                 if self._position < len(self._run.log):  # broken, or interrupted between a message and its answer
                     self._hang_up()
-            await self._client._pause(self._attempts, failure, self._run.answered, self._deadline)
+            await self._client._pause(self._attempts, failure, self._run.answered, self._terms)
 
     async def _exchange(self) -> None:
         self._client._liveness.check()
         if self._call is None:
             self._position = 0
             self._call = self._client._generation.Stream(
-                timeout=self._deadline.timeout(),
-                metadata=self._client._settings.metadata(self._request_id),
+                timeout=self._terms.timeout(),
+                metadata=self._client._settings.metadata(self._request_id, self._terms),
             )
         while self._position < len(self._run.log):
             await self._call.write(self._run.log[self._position])
@@ -326,5 +328,5 @@ class AsyncDenoiseLoop(LoopView):
             if response is grpc.aio.EOF:
                 raise errors.ServerUnavailable("the server ended the stream of an open loop")
             self._run.receive(self._position, response)
-            await self._client._run(self._client._calls.follow(self._run), self._deadline)
+            await self._client._run(self._client._calls.follow(self._run), self._terms)
             self._position += 1

@@ -7,7 +7,8 @@ Arguments that appear everywhere:
 
 * `model`: `NAME` (its newest version) or `NAME@VERSION`;
 * `label`: one class for all, one for each sample, or None: drawn from p(label) by (seed, i);
-* `timeout`: seconds for the whole call, retries included; None is the client's own; `math.inf` waits for ever.
+* `timeout`: seconds for the whole call, retries included; None is the client's own; `math.inf` waits for ever;
+* `priority`: "high", "normal" or "low": how the call shares the device with others; None is the client's own.
 """
 
 import inspect
@@ -37,9 +38,13 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """The whole program shall take at most this many seconds. Answered with None; the first one counts."""
+    """The whole program shall take at most this many seconds, at this priority; None is the client's own.
+
+    Answered with None; the first one counts.
+    """
 
     timeout_s: float | None
+    priority: "Priority | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class Unary:
     request: Message
 
 
+Priority: TypeAlias = Literal["high", "normal", "low"]
 Ask: TypeAlias = Within | Unary | SampleRun
 """What a program may yield. A `SampleRun` is run to its end and answered with all its `Samples`."""
 Program: TypeAlias = Generator[Ask, Any, _T]
@@ -106,6 +112,7 @@ class Calls:
         dtype: DTypeLike | None = None,
         first_index: int = 0,
         timeout: float | None = None,
+        priority: Priority | None = None,
     ) -> Program[SampleRun]:
         """Draw samples. `sample` returns all of them, `sample_stream` iterates over what happens, `denoise_loop` takes
         the steps one by one.
@@ -133,11 +140,12 @@ class Calls:
             dtype: element type to receive; uint8 maps the value range to 0..255.
             first_index: index of the first sample; continues an earlier request of the same seed.
             timeout: seconds for the whole call.
+            priority: how it shares the device with others.
 
         Raises:
             LatentdError: see `latentd_client.errors` for the kinds.
         """
-        yield Within(timeout)
+        yield Within(timeout, priority)
         known = yield from self._look_up(model)
         fields = Fields()
         count = fields.integer("sample_count", (messages.label_count(label) or 1) if n is None else n)
@@ -167,17 +175,20 @@ class Calls:
         fields.check()
         return SampleRun(request, known)
 
-    def reproduce(self, samples: Samples, *, timeout: float | None = None) -> Program[Samples]:
+    def reproduce(
+        self, samples: Samples, *, timeout: float | None = None, priority: Priority | None = None
+    ) -> Program[Samples]:
         """Draw the very samples of an earlier result again, from the request that the server had resolved.
 
         Args:
             samples: the earlier result; of a `sample_stream`, any part of it stands for the whole.
             timeout: seconds for the whole call.
+            priority: how it shares the device with others.
 
         Returns:
             Samples of equal bytes, if `determinism_class` is equal too.
         """
-        yield Within(timeout)
+        yield Within(timeout, priority)
         known = yield from self._look_up(samples.model)
         again: Samples = yield SampleRun(samples.resolved_request, known)
         return again
@@ -195,6 +206,7 @@ class Calls:
         timesteps: Sequence[int] | None = None,
         guidance: float | None = None,
         timeout: float | None = None,
+        priority: Priority | None = None,
     ) -> Program[Encoded]:
         """Map samples to latents.
 
@@ -209,11 +221,12 @@ class Calls:
             timesteps: the timesteps to visit instead.
             guidance: scale of classifier-free guidance.
             timeout: seconds for the whole call.
+            priority: how it shares the device with others.
 
         Raises:
             LatentdError: see `latentd_client.errors` for the kinds.
         """
-        yield Within(timeout)
+        yield Within(timeout, priority)
         known = yield from self._look_up(model)
         fields = Fields()
         if forward_timestep is not None and seed is None:
@@ -244,6 +257,7 @@ class Calls:
         output: Output = "mean",
         dtype: DTypeLike | None = None,
         timeout: float | None = None,
+        priority: Priority | None = None,
     ) -> Program[Decoded]:
         """Map latents to samples.
 
@@ -259,11 +273,12 @@ class Calls:
             output: the mean of p(sample | latent), or a draw from it.
             dtype: element type to receive; uint8 maps the value range to 0..255.
             timeout: seconds for the whole call.
+            priority: how it shares the device with others.
 
         Raises:
             LatentdError: see `latentd_client.errors` for the kinds.
         """
-        yield Within(timeout)
+        yield Within(timeout, priority)
         known = yield from self._look_up(model)
         if seed is None and (output == "draw" or (label is None and known.class_names)):
             seed = self.draw_seed()
@@ -295,6 +310,7 @@ class Calls:
         seed: int | None = None,
         step_index: int = 0,
         timeout: float | None = None,
+        priority: Priority | None = None,
     ) -> Program[Step]:
         """Evaluate a denoiser once and, if asked, take one step of DDIM (`eta` 0) to DDPM (`eta` 1).
 
@@ -310,11 +326,12 @@ class Calls:
             seed: what the fresh noise depends on; needed if `eta` is over 0, by (seed, row, `step_index`).
             step_index: number of this step in the caller's loop.
             timeout: seconds for the whole call.
+            priority: how it shares the device with others.
 
         Raises:
             LatentdError: see `latentd_client.errors` for the kinds.
         """
-        yield Within(timeout)
+        yield Within(timeout, priority)
         known = yield from self._look_up(model)
         fields = Fields()
         request = pb.DenoiseStepRequest(
@@ -344,6 +361,7 @@ class Calls:
         seed: int | None = None,
         draws: int = 0,
         timeout: float | None = None,
+        priority: Priority | None = None,
     ) -> Program[Scores]:
         """Rate samples: a likelihood, a bound on it, or a critic's opinion; `Scores.kind` says which.
 
@@ -355,11 +373,12 @@ class Calls:
             seed: what a Monte Carlo estimate draws from; None counts as 0, so that scores compare.
             draws: Monte Carlo draws per sample; 0 is the model's default.
             timeout: seconds for the whole call.
+            priority: how it shares the device with others.
 
         Raises:
             LatentdError: see `latentd_client.errors` for the kinds.
         """
-        yield Within(timeout)
+        yield Within(timeout, priority)
         known = yield from self._look_up(model)
         fields = Fields()
         request = pb.ScoreRequest(
@@ -419,6 +438,7 @@ class Calls:
         guidance: float | None = None,
         dtype: DTypeLike | None = None,
         timeout: float | None = None,
+        priority: Priority | None = None,
     ) -> Program[Decoded]:
         """Walk between two latents along a great circle and decode every stop (slerp; White 2016, arXiv:1609.04468).
 
@@ -437,12 +457,13 @@ class Calls:
             guidance: scale of classifier-free guidance while decoding.
             dtype: element type to receive.
             timeout: seconds for the whole call.
+            priority: how it shares the device with others.
 
         Raises:
             ValueError: `count` is less than 2, an end is no single item, or a label is needed.
             LatentdError: see `latentd_client.errors` for the kinds.
         """
-        yield Within(timeout)
+        yield Within(timeout, priority)
         if count < 2:
             raise ValueError(f"count must be at least 2, got {count}")
         known = yield from self.model(
@@ -469,6 +490,7 @@ class Calls:
                 guidance=guidance,
                 dtype=dtype,
                 timeout=timeout,
+                priority=priority,
             )
         )
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from latentd.names import CALLER_KEY, PUSHBACK_KEY, REQUEST_ID_KEY
+from latentd.names import CALLER_KEY, PRIORITIES, PRIORITY_KEY, PUSHBACK_KEY, REQUEST_ID_KEY
 from latentd.v1.generation_service_pb2_grpc import GenerationServiceStub
 from latentd.v1.model_service_pb2_grpc import ModelServiceStub
 
 from latentd_client import errors
+from latentd_client.calls import Priority
 from latentd_client.retries import Attempts, Retries, Throttle
 
 DEFAULT_TARGET = "127.0.0.1:8500"
@@ -58,11 +59,16 @@ class Settings:
     timeout_s: float
     retries: Retries
     caller: str | None
+    priority: Priority
     channel_options: Sequence[ChannelOption]
     throttle: Throttle = field(default_factory=Throttle)
 
     def __post_init__(self) -> None:
-        check_timeout(self.timeout_s)
+        self.terms()
+
+    def terms(self) -> "Terms":
+        """The terms of a call that says nothing else."""
+        return Terms.after(self.timeout_s, self.priority)
 
     @property
     def credentials(self) -> grpc.ChannelCredentials | None:
@@ -91,10 +97,11 @@ class Settings:
         """The attempts of a new stream; all streams of a client share one throttle."""
         return Attempts(self.retries, self.throttle)
 
-    def metadata(self, request_id: str) -> tuple[tuple[str, str], ...]:
+    def metadata(self, request_id: str, terms: "Terms") -> tuple[tuple[str, str], ...]:
         """What every call carries."""
         caller = ((CALLER_KEY, self.caller),) if self.caller else ()
-        return (*caller, (REQUEST_ID_KEY, request_id))
+        priority = ((PRIORITY_KEY, terms.priority),) if terms.priority != "normal" else ()
+        return (*caller, *priority, (REQUEST_ID_KEY, request_id))
 
 
 @dataclass(slots=True)
@@ -121,22 +128,31 @@ class Liveness:
 
 
 @dataclass(frozen=True, slots=True)
-class Deadline:
-    """A point on the monotonic clock; infinitely far if the timeout was."""
+class Terms:
+    """Until when a call may take, on the monotonic clock, infinitely far if the timeout was; and its priority."""
 
     timeout_s: float
     at_s: float
+    priority: Priority
 
     @classmethod
-    def after(cls, timeout_s: float) -> "Deadline":
+    def after(cls, timeout_s: float, priority: Priority) -> "Terms":
         """So many seconds from now."""
         check_timeout(timeout_s)
-        return cls(timeout_s, time.monotonic() + timeout_s)
+        if priority not in PRIORITIES:
+            raise ValueError(f"priority must be one of {', '.join(PRIORITIES)}, got {priority!r}")
+        return cls(timeout_s, time.monotonic() + timeout_s, priority)
 
     @classmethod
-    def never(cls) -> "Deadline":
+    def never(cls) -> "Terms":
         """Infinitely far."""
-        return cls(math.inf, math.inf)
+        return cls(math.inf, math.inf, "normal")
+
+    def changed(self, timeout_s: float | None, priority: Priority | None) -> "Terms":
+        """The same but for what is given."""
+        if timeout_s is None and priority is None:
+            return self
+        return Terms.after(self.timeout_s if timeout_s is None else timeout_s, priority or self.priority)
 
     @property
     def remaining_s(self) -> float:

@@ -11,6 +11,7 @@ from google.protobuf.json_format import MessageToDict
 from latentd import __version__
 
 from latentd_client import arguments, images
+from latentd_client.calls import Priority
 from latentd_client.channels import DEFAULT_TARGET
 from latentd_client.model import Model
 from latentd_client.results import ImageBatch, Preview, Samples, Stats
@@ -36,11 +37,12 @@ class Session:
 
     server: str
     timeout_s: float
+    priority: Priority
     terminal: Terminal
 
     def client(self) -> Client:
         """A client of that server."""
-        return Client(self.server, timeout=self.timeout_s, caller="latentctl")
+        return Client(self.server, timeout=self.timeout_s, caller="latentctl", priority=self.priority)
 
 
 def _print_version(wanted: bool) -> None:
@@ -54,13 +56,16 @@ def connect(
     context: typer.Context,
     server: Annotated[str, typer.Option(envvar="LATENTD_SERVER", help="HOST:PORT of the server.")] = DEFAULT_TARGET,
     timeout: Annotated[float, typer.Option(envvar="LATENTD_TIMEOUT", help="Seconds a call may take.")] = 60.0,
+    priority: Annotated[
+        Priority, typer.Option(envvar="LATENTD_PRIORITY", help="How calls share the device with others.")
+    ] = "normal",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs; errors too.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Options for every command."""
-    context.obj = Session(server, timeout, Terminal(as_json))
+    context.obj = Session(server, timeout, priority, Terminal(as_json))
 
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="NAME (newest version) or NAME@VERSION.")]

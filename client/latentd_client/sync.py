@@ -14,14 +14,14 @@ from latentd.v1.generation_service_pb2_grpc import GenerationServiceStub
 from numpy.typing import ArrayLike
 
 from latentd_client import errors
-from latentd_client.calls import Calls, Program, Unary, Within, presented_as
+from latentd_client.calls import Calls, Priority, Program, Unary, Within, presented_as
 from latentd_client.channels import (
     DEFAULT_TARGET,
     TLS,
     ChannelOption,
-    Deadline,
     Liveness,
     Settings,
+    Terms,
     new_request_id,
     random_seed,
     translate,
@@ -54,8 +54,8 @@ def _gathered(
 
     @presented_as(program, Samples)
     def method(self: "Client", /, *args: _P.args, **kwargs: _P.kwargs) -> Samples:
-        run, deadline = self._run(program(self._calls, *args, **kwargs))
-        return self._gather(run, deadline)
+        run, terms = self._run(program(self._calls, *args, **kwargs))
+        return self._gather(run, terms)
 
     return method
 
@@ -67,8 +67,8 @@ def _streamed(
 
     @presented_as(program, Generator[Event])
     def method(self: "Client", /, *args: _P.args, **kwargs: _P.kwargs) -> Generator[Event]:
-        run, deadline = self._run(program(self._calls, *args, **kwargs))
-        yield from self._events(run, deadline)
+        run, terms = self._run(program(self._calls, *args, **kwargs))
+        yield from self._events(run, terms)
 
     return method
 
@@ -92,6 +92,7 @@ class Client:
         timeout: seconds a call may take unless it says otherwise; `math.inf` for no deadline.
         retries: how often and how fast to try again; `Retries(max_attempts=1)` for never.
         caller: who calls, for the server's fairness and logs.
+        priority: "high", "normal" or "low", of calls that do not say otherwise.
         channel_options: further gRPC channel options; they win over this library's.
 
     Raises:
@@ -118,9 +119,10 @@ class Client:
         timeout: float = 60.0,
         retries: Retries = Retries(),  # noqa: B008  # frozen
         caller: str | None = None,
+        priority: Priority = "normal",
         channel_options: Sequence[ChannelOption] = (),
     ) -> None:
-        self._settings = Settings(target, tls, timeout, retries, caller, tuple(channel_options))
+        self._settings = Settings(target, tls, timeout, retries, caller, priority, tuple(channel_options))
         self._calls = Calls(random_seed)
         self._liveness = Liveness()
         self._closing = threading.Event()
@@ -150,54 +152,54 @@ class Client:
         self._closing.set()
         self._channel.close()
 
-    def _run(self, program: Program[_T], deadline: Deadline | None = None) -> tuple[_T, Deadline]:
-        """Answer what a program asks until it returns; within a deadline that is set already, or its own."""
-        limited = deadline is not None
-        deadline = deadline or Deadline.after(self._settings.timeout_s)
+    def _run(self, program: Program[_T], terms: Terms | None = None) -> tuple[_T, Terms]:
+        """Answer what a program asks until it returns; on terms that are set already, or its own."""
+        settled = terms is not None
+        terms = terms or self._settings.terms()
         answer: Any = None
         while True:
             try:
                 ask = program.send(answer)
             except StopIteration as stop:
-                return stop.value, deadline
+                return stop.value, terms
             answer = None
             match ask:
                 case Within():
-                    if not limited and ask.timeout_s is not None:
-                        deadline = Deadline.after(ask.timeout_s)
-                    limited = True
+                    if not settled:
+                        terms = terms.changed(ask.timeout_s, ask.priority)
+                    settled = True
                 case Unary():
-                    answer = self._call(ask, deadline)
+                    answer = self._call(ask, terms)
                 case SampleRun():
-                    answer = self._gather(ask, deadline)
+                    answer = self._gather(ask, terms)
 
-    def _call(self, ask: Unary, deadline: Deadline) -> Any:
+    def _call(self, ask: Unary, terms: Terms) -> Any:
         self._liveness.check()
         request_id = new_request_id()
         with self._translated(request_id, getattr(ask.request, "model", "")):
             return self._unary_calls[ask.rpc](
-                ask.request, timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
+                ask.request, timeout=terms.timeout(), metadata=self._settings.metadata(request_id, terms)
             )
 
-    def _gather(self, run: SampleRun, deadline: Deadline) -> Samples:
+    def _gather(self, run: SampleRun, terms: Terms) -> Samples:
         run.one_class = True
-        parts = [event for event in self._events(run, deadline) if isinstance(event, Samples)]
+        parts = [event for event in self._events(run, terms) if isinstance(event, Samples)]
         return assemble(parts, run.request.sample_count)
 
-    def _events(self, run: SampleRun, deadline: Deadline) -> Generator[Event]:
+    def _events(self, run: SampleRun, terms: Terms) -> Generator[Event]:
         """Every event of a run, over as many streams as it takes."""
         attempts = self._settings.attempts()
         request_id = new_request_id()
         while not run.done:
             self._liveness.check()
             call = self._generation.Sample(
-                run.next_request(), timeout=deadline.timeout(), metadata=self._settings.metadata(request_id)
+                run.next_request(), timeout=terms.timeout(), metadata=self._settings.metadata(request_id, terms)
             )
             try:
                 with self._translated(request_id, run.request.model):
                     for response in call:
                         events = run.receive(response)
-                        self._run(self._calls.follow(run), deadline)
+                        self._run(self._calls.follow(run), terms)
                         yield from events
                 failure: errors.LatentdError | None = run.shortfall()
             except errors.LatentdError as error:
@@ -205,7 +207,7 @@ class Client:
             finally:
                 call.cancel()
             if failure is not None and not run.done:  # samples are final: how the stream ended changes nothing
-                self._pause(attempts, failure, run.progress, deadline)
+                self._pause(attempts, failure, run.progress, terms)
         attempts.throttle.succeeded()
 
     @contextlib.contextmanager
@@ -221,9 +223,9 @@ class Client:
             self._calls.heed(error, reference)
             raise
 
-    def _pause(self, attempts: Attempts, failure: errors.LatentdError, progress: int, deadline: Deadline) -> None:
+    def _pause(self, attempts: Attempts, failure: errors.LatentdError, progress: int, terms: Terms) -> None:
         """Wait before the next attempt, or raise `failure` if there shall be none."""
-        delay_s = attempts.delay_s(failure, progress=progress, remaining_s=deadline.remaining_s, chance=random.random())
+        delay_s = attempts.delay_s(failure, progress=progress, remaining_s=terms.remaining_s, chance=random.random())
         self._closing.wait(delay_s)
 
 
@@ -245,7 +247,7 @@ class DenoiseLoop(LoopView):
         super().__init__()
         self._client = client
         self._program = program
-        self._deadline = Deadline.never()
+        self._terms = Terms.never()
         self._request_id = new_request_id()
         self._attempts = client._settings.attempts()
         self._outbox: queue.SimpleQueue[pb.StreamRequest | None] = queue.SimpleQueue()
@@ -255,7 +257,7 @@ class DenoiseLoop(LoopView):
     def __enter__(self) -> Self:
         if self._opened is not None:
             raise RuntimeError("a loop is opened once; make another")
-        run, self._deadline = self._client._run(self._program)
+        run, self._terms = self._client._run(self._program)
         self._opened = LoopRun(run.request, run.model)
         self._catch_up()
         return self
@@ -303,7 +305,7 @@ class DenoiseLoop(LoopView):
             finally:
                 if self._position < len(self._run.log):  # broken, or interrupted between a message and its answer
                     self.close()
-            self._client._pause(self._attempts, failure, self._run.answered, self._deadline)
+            self._client._pause(self._attempts, failure, self._run.answered, self._terms)
 
     def _exchange(self) -> None:
         self._client._liveness.check()
@@ -312,8 +314,8 @@ class DenoiseLoop(LoopView):
             self._outbox = queue.SimpleQueue()
             self._call = self._client._generation.Stream(
                 iter(self._outbox.get, None),
-                timeout=self._deadline.timeout(),
-                metadata=self._client._settings.metadata(self._request_id),
+                timeout=self._terms.timeout(),
+                metadata=self._client._settings.metadata(self._request_id, self._terms),
             )
         while self._position < len(self._run.log):
             self._outbox.put(self._run.log[self._position])
@@ -321,5 +323,5 @@ class DenoiseLoop(LoopView):
             if response is None:
                 raise errors.ServerUnavailable("the server ended the stream of an open loop")
             self._run.receive(self._position, response)
-            self._client._run(self._client._calls.follow(self._run), self._deadline)
+            self._client._run(self._client._calls.follow(self._run), self._terms)
             self._position += 1

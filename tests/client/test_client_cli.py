@@ -50,6 +50,15 @@ def test_help_names_every_command_and_exit_code(run: Run) -> None:
     assert "130 interrupted" in " ".join(shown.split())
 
 
+def test_the_priority_of_calls_is_an_option(run: Run, server: FakeServer) -> None:
+    """It is sent with every call; an unknown one is refused with what there is."""
+    assert run("--priority", "high", "sample", "toy", "-n", "1", "--out", "x.npz").exit_code == 0
+    assert {seen.metadata.get("x-latentd-priority") for seen in server.seen} == {"high"}
+    refused = run("--priority", "urgent", "models")
+    assert refused.exit_code == 2
+    assert "'high', 'normal', 'low'" in refused.stderr
+
+
 def test_models_lists_what_there_is(run: Run) -> None:
     """One line a model for people, the full cards for programs."""
     shown = run("models").stdout

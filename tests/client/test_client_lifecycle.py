@@ -150,6 +150,32 @@ def test_the_caller_is_named(connect: Any, server: FakeServer) -> None:
     assert len({seen.metadata["x-request-id"] for seen in server.seen}) == 4
 
 
+@pytest.mark.parametrize("method", [method for method in CALLS if method not in ("model", "models")])
+def test_every_call_has_a_priority(method: str, connect: Any, server: FakeServer) -> None:
+    """The call's own, else the client's; normal, which is what a call without a word has, is not sent."""
+
+    def sent() -> list[Any]:
+        calls = [seen.metadata.get("x-latentd-priority") for seen in server.seen if seen.rpc != "StreamRequest"]
+        server.seen.clear()
+        return calls
+
+    client = connect(priority="low")
+    CALLS[method](client)
+    assert set(sent()) == {"low"}
+    CALLS[method](client, priority="high")
+    assert sent()[-1] == "high"
+    CALLS[method](client, priority="normal")
+    assert sent()[-1] is None
+
+
+def test_an_unknown_priority_is_refused_with_what_there_is(connect: Any) -> None:
+    """As an argument of a client and of a call."""
+    with pytest.raises(ValueError, match="one of high, normal, low, got 'urgent'"):
+        connect(priority="urgent")
+    with pytest.raises(ValueError, match="one of high, normal, low, got 'urgent'"):
+        connect().sample("toy", priority="urgent")
+
+
 def test_messages_beyond_grpcs_default_are_received(connect: Any, server: FakeServer) -> None:
     """An answer of 5 MiB arrives; the default limit of 4 MiB would refuse it. The limit can be lowered."""
     latents = np.zeros((1_400_000, 3), np.float32)

@@ -1,0 +1,318 @@
+"""The door: what is counted, who is refused and what they are told. By plain calls; no clock, no device."""
+
+import numpy as np
+import pytest
+from latentd.v1 import bundle_pb2
+from latentd_server.admission import Admission, Bounds
+from latentd_server.failures import DeadlineUnreachableError, OverloadedError, QuotaExceededError
+from latentd_server.job import CallJob, Job, Start, StepJob
+from latentd_server.priority import Priority
+from latentd_server.samplers import COLUMNS, Table
+from latentd_server.scheduler import Scheduler
+from latentd_server.step_costs import DrainRates, StepCosts
+
+ROWS = 8
+
+
+def steps(count: int, lanes: int = 1, *, model: str = "a@1", guided: bool = False) -> StepJob:
+    """A diffusion job."""
+    table = Table(
+        np.arange(count), np.zeros((count, len(COLUMNS)), np.float32), np.arange(count, dtype=np.int32), count
+    )
+    indices = np.arange(lanes)
+    return StepJob(model, lanes, (table,), Start(1.0), 0, indices, indices, guidance_scale=2.0 if guided else 1.0)
+
+
+def decode(rows: int, *, model: str = "vae@1") -> CallJob:
+    """A one-shot job."""
+    indices = np.arange(rows)
+    return CallJob(model, bundle_pb2.Network.ROLE_DECODER, rows, {}, ("sample",), 0, indices, indices)
+
+
+class Server:
+    """The real scheduler and the real door; a call takes a second for every row or what it is told."""
+
+    def __init__(self, bounds: Bounds | None = None, weights: dict[str, float] | None = None) -> None:
+        self.admission = Admission(bounds or Bounds(10**9, 10**9, 10**9), ROWS, weights)
+        self.scheduler = Scheduler(ROWS, weights)
+        self.now_s = 0.0
+        self.jobs = 0
+
+    def submit(
+        self, job: Job, caller: str = "x", *, within_s: float | None = None, priority: Priority = Priority.NORMAL
+    ) -> int:
+        """Ask for a job."""
+        self.jobs += 1
+        deadline_s = None if within_s is None else self.now_s + within_s
+        self.admission.admit(self.jobs, job, caller, priority, self.now_s, deadline_s)
+        self.scheduler.add(self.jobs, job, caller, self.now_s, deadline_s, priority)
+        return self.jobs
+
+    def run(self, batches: int = 10**9, seconds: float = 1.0) -> None:
+        """Run so many batches, or all."""
+        while batches and (batch := self.scheduler.plan(self.now_s)) is not None:
+            batches -= 1
+            self.now_s += seconds
+            arrivals = self.scheduler.complete(batch, seconds)
+            self.admission.ran(batch, arrivals, batch.rows, seconds, self.now_s)
+            for arrival in arrivals:
+                if arrival.last:
+                    self.drop(arrival.segment.entry.job_id)
+
+    def drop(self, job_id: int) -> None:
+        """Give a job up, or forget it."""
+        self.admission.ended(job_id)
+        self.scheduler.remove(job_id)
+
+
+def test_work_is_counted_in_evaluations() -> None:
+    """Lanes by steps by rows; what was run or given up counts no more, and at rest nothing does."""
+    server = Server()
+    server.submit(steps(10, lanes=3))
+    guided = server.submit(steps(5, lanes=2, guided=True), "y")
+    server.submit(decode(7))
+    assert server.admission.backlog == 30 + 20 + 7
+    server.run(1)
+    assert server.admission.backlog in (57 - 7, 57 - 3 - 4)
+    server.drop(guided)
+    server.run()
+    assert server.admission.backlog == 0
+    assert not server.admission._flows
+    assert not server.admission._by_caller
+    assert not server.admission._by_model
+
+
+def test_a_job_given_up_while_it_rides_is_counted_once() -> None:
+    """The batch that comes back for a job that is gone changes nothing."""
+    server = Server()
+    job = server.submit(steps(10, lanes=2))
+    server.submit(steps(10))
+    batch = server.scheduler.plan(0.0)
+    assert batch is not None
+    server.admission.ended(job)
+    assert server.admission.backlog == 10
+    server.admission.ran(batch, server.scheduler.complete(batch, 1.0), 3, 1.0, 1.0)
+    assert server.admission.backlog == 9
+
+
+@pytest.mark.parametrize(
+    ("bounds", "error"),
+    [
+        (Bounds(100, 10**9, 10**9), OverloadedError),
+        (Bounds(10**9, 100, 10**9), OverloadedError),
+        (Bounds(10**9, 10**9, 100), QuotaExceededError),
+    ],
+    ids=["server", "model", "caller"],
+)
+def test_each_bound_refuses_the_evaluation_too_much(bounds: Bounds, error: type[Exception]) -> None:
+    """The hundredth is let in, the next is not, and after one was run there is room for one."""
+    server = Server(bounds)
+    server.submit(steps(99))
+    server.submit(steps(1))
+    with pytest.raises(error, match="100"):
+        server.submit(steps(1))
+    server.run(1)
+    server.submit(steps(2))
+    with pytest.raises(error):
+        server.submit(steps(1))
+
+
+def test_bounds_are_of_their_own_model_and_caller() -> None:
+    """A model or a caller at its bound keeps no other out."""
+    server = Server(Bounds(10**9, 100, 60))
+    server.submit(steps(60), "x")
+    with pytest.raises(QuotaExceededError) as quota:
+        server.submit(steps(1, model="b@1"), "x")
+    assert quota.value.subject == "caller:x"
+    server.submit(steps(40), "y")
+    with pytest.raises(OverloadedError, match="a@1"):
+        server.submit(steps(1), "z")
+    server.submit(steps(60, model="b@1"), "z")
+
+
+def test_who_has_nothing_outstanding_may_bring_anything() -> None:
+    """One job larger than every bound is let in where there is no other, or nobody could ever run it."""
+    server = Server(Bounds(10, 10, 10))
+    server.submit(steps(50))
+    with pytest.raises(QuotaExceededError):
+        server.submit(steps(1))
+    server.run()
+    server.submit(steps(50))
+
+
+def test_a_hint_says_when_there_will_be_room() -> None:
+    """By the measured rate, each after those who were told before; and what was promised passes with time."""
+    server = Server(Bounds(160, 10**9, 10**9))
+    server.submit(steps(20, lanes=8))
+    server.run(5, seconds=0.5)  # 16 evaluations a second
+    hints = []
+    for _ in range(3):
+        server.submit(steps(40)) if not hints else None
+        with pytest.raises(OverloadedError) as caught:
+            server.submit(steps(16))
+        hints.append(caught.value.retry_after_s)
+    assert hints == pytest.approx([1.0, 2.0, 3.0])
+    server.now_s += 3.0
+    with pytest.raises(OverloadedError) as caught:
+        server.submit(steps(16))
+    assert caught.value.retry_after_s == pytest.approx(1.0)
+
+
+def test_a_hint_without_a_measurement_is_a_second_and_none_is_over_half_a_minute() -> None:
+    """Nobody is sent away for longer than a client would wait."""
+    server = Server(Bounds(10, 10**9, 10**9))
+    server.submit(steps(1000))
+    with pytest.raises(OverloadedError) as caught:
+        server.submit(steps(1))
+    assert caught.value.retry_after_s == 1.0
+    server.run(2, seconds=1.0)
+    with pytest.raises(OverloadedError) as caught:
+        server.submit(steps(1))
+    assert caught.value.retry_after_s == 30.0
+
+
+def measured(**arguments: dict[str, float]) -> Server:
+    """A server that has timed calls of one row and of eight at a second each."""
+    server = Server(**arguments)  # type: ignore[arg-type]
+    for lanes in (1, ROWS):
+        server.submit(steps(3, lanes=lanes))
+        server.run()
+    return server
+
+
+def test_a_deadline_that_is_past_is_refused() -> None:
+    """Whatever is known of the model."""
+    with pytest.raises(DeadlineUnreachableError, match="passed"):
+        Server().submit(steps(1), within_s=0.0)
+
+
+def test_what_takes_longer_even_alone_is_refused_with_an_estimate() -> None:
+    """Steps follow one another, and so do the batches of more lanes than rows."""
+    server = measured()
+    server.submit(steps(50), within_s=50.5)
+    server.run()
+    with pytest.raises(DeadlineUnreachableError, match="50 evaluations one after another") as caught:
+        server.submit(steps(50), within_s=49.0)
+    assert caught.value.estimate_s == pytest.approx(50.0, rel=0.02)
+    with pytest.raises(DeadlineUnreachableError) as caught:
+        server.submit(steps(10, lanes=4 * ROWS), within_s=39.0)
+    assert caught.value.estimate_s == pytest.approx(40.0, rel=0.02)
+
+
+def test_a_measurement_that_is_old_or_alone_refuses_nobody() -> None:
+    """After five seconds without a call, and after a first call that may have been slow for any reason."""
+    server = measured()
+    server.now_s += 5.0
+    server.submit(steps(50), within_s=1.0)
+    fresh = Server()
+    fresh.submit(steps(1))
+    fresh.run(seconds=100.0)
+    fresh.submit(steps(2), within_s=1.0)
+
+
+def test_nobody_is_refused_for_others_while_there_is_a_seat() -> None:
+    """Seven long lanes leave the eighth row to a short one with hardly more time than it needs."""
+    server = measured()
+    server.submit(steps(1000, lanes=ROWS - 1), "heavy")
+    server.submit(steps(10), "light", within_s=10.5)
+    server.run(10)
+    assert server.scheduler.expired(server.now_s) == []
+
+
+def test_ones_own_queue_counts_and_that_of_others_only_by_its_share() -> None:
+    """Behind ninety lanes of its own a job waits for all of them; behind ninety of another it shares the batch."""
+    server = measured()
+    server.submit(steps(10, lanes=90), "heavy")
+    with pytest.raises(DeadlineUnreachableError) as caught:
+        server.submit(steps(10), "heavy", within_s=50.0)
+    assert caught.value.estimate_s == pytest.approx(1.1 * 115, rel=0.15)
+    server.submit(steps(10), "light", within_s=13.0)
+
+
+@pytest.mark.parametrize(("weight", "seconds"), [(1.0, 20.0), (3.0, 40.0 / 3)])
+def test_an_estimate_knows_weights(weight: float, seconds: float) -> None:
+    """Eight lanes beside another's eight ride by their share of the rows."""
+    server = measured(weights={"mine": weight})
+    server.submit(steps(1000, lanes=ROWS), "other")
+    estimate_s = server.admission.estimate_s(steps(10, lanes=ROWS), "mine", Priority.NORMAL, server.now_s)
+    assert estimate_s == pytest.approx(1.1 * seconds, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("priority", "seconds"), [(Priority.HIGH, 12.5), (Priority.NORMAL, 20.0), (Priority.LOW, 50.0)]
+)
+@pytest.mark.parametrize("same_graph", [True, False])
+def test_an_estimate_knows_classes(priority: Priority, seconds: float, same_graph: bool) -> None:
+    """Beside NORMAL work on the same graph or another, a job takes as much longer as its class has less."""
+    server = measured()
+    server.submit(steps(3, lanes=ROWS, model="b@1"))
+    server.run()
+    server.submit(steps(1000, lanes=ROWS, model="a@1" if same_graph else "b@1"), "other")
+    estimate_s = server.admission.estimate_s(steps(10, lanes=ROWS), "mine", priority, server.now_s)
+    assert estimate_s == pytest.approx(seconds * (1.1 if same_graph else 1.0), rel=0.05)
+
+
+def test_a_paused_job_keeps_nobody_waiting() -> None:
+    """Its work stays outstanding, but no estimate counts it until it rides again."""
+    server = measured()
+    job = server.submit(steps(100, lanes=50), "slow")
+    asked = steps(10, lanes=ROWS), "x", Priority.NORMAL, server.now_s
+    before_s = server.admission.estimate_s(*asked)
+    server.admission.pause(job, True)
+    server.admission.pause(job, True)
+    assert server.admission.estimate_s(*asked) == pytest.approx(10.0, rel=0.02)
+    assert server.admission.backlog == 5000
+    server.admission.pause(job, False)
+    assert server.admission.estimate_s(*asked) == before_s
+    server.admission.pause(job, True)
+    server.admission.ended(job)
+    assert server.admission.backlog == 0
+
+
+def test_a_model_that_is_unloaded_is_forgotten() -> None:
+    """What its graphs cost refuses nobody when it comes back."""
+    server = measured()
+    server.admission.forget_model("a@1")
+    server.submit(steps(50), within_s=1.0)
+
+
+def test_costs_follow_the_rows() -> None:
+    """Sizes not met lie between those that were; bounds hold for fewer rows and for more."""
+    costs = StepCosts()
+    for seconds in (1.0, 1.0, 1.0):
+        costs.timed(1, seconds, 0.0)
+        costs.timed(9, 5 * seconds, 0.0)
+    assert costs.typical(1) == 1.0
+    assert costs.typical(5) == pytest.approx(3.0)
+    assert costs.typical(18) == pytest.approx(10.0)
+    assert costs.least(9, 1.0) == pytest.approx(5.0)
+    assert costs.least(3, 1.0) == pytest.approx(5 / 3)
+    assert costs.least(1, 1.0) == pytest.approx(1.0)
+    assert costs.least(1, 5.0) == 0.0
+
+
+def test_one_slow_call_moves_a_mean_little() -> None:
+    """It counts as twice the mean at most; a cost that stays is learned."""
+    costs = StepCosts()
+    for _ in range(50):
+        costs.timed(4, 1.0, 0.0)
+    costs.timed(4, 1000.0, 0.0)
+    assert costs.typical(4) == pytest.approx(1.1)
+    for _ in range(60):
+        costs.timed(4, 5.0, 0.0)
+    assert costs.typical(4) == pytest.approx(5.0, rel=0.05)
+
+
+def test_rates_are_of_late_and_of_the_present_mix() -> None:
+    """Evaluations a second of the device, together and by model; the past fades."""
+    rates = DrainRates()
+    assert rates.per_s() == rates.per_s("a") == 0.0
+    for _ in range(100):
+        rates.ran("a", 10, 0.1)
+        rates.ran("b", 5, 0.1)
+    assert rates.per_s() == pytest.approx(75.0, rel=0.01)
+    assert rates.per_s("a") == pytest.approx(50.0, rel=0.05)
+    for _ in range(200):
+        rates.ran("b", 5, 0.1)
+    assert rates.per_s("a") < 0.01
+    assert rates.per_s("b") == pytest.approx(50.0, rel=0.01)
