@@ -59,9 +59,24 @@ def test_the_defaults_are_those_of_the_documentation(models: Path) -> None:
     assert (config.device, config.drain_seconds, config.max_batch_rows) == ("auto", 60.0, 32)
     assert (config.max_samples, config.max_steps, config.max_message_mib) == (1024, 1000, 64)
     assert config.reader_timeout == 30.0
+    assert (config.max_backlog, config.max_model_backlog, config.max_caller_backlog) == (1_000_000, 750_000, 500_000)
+
+
+def test_callers_weigh_what_is_set(models: Path, tmp_path: Path) -> None:
+    """As NAME=WEIGHT in a flag or a variable, as a table in the file; names may hold an equals sign."""
+    flags = ["--models", str(models), "--caller-weights", "web=4, batch=0.5,a=b=2"]
+    assert settings.read(flags, {}).caller_weights == {"web": 4.0, "batch": 0.5, "a=b": 2.0}
+    file = tmp_path / "latentd.toml"
+    file.write_text(f'models = "{models}"\n[caller_weights]\nweb = 3\n')
+    assert settings.read(["--config", str(file)], {}).caller_weights == {"web": 3.0}
+    assert settings.read(["--models", str(models)], {"LATENTD_CALLER_WEIGHTS": "x=1"}).caller_weights == {"x": 1.0}
 
 
 BAD = [
+    (["--caller-weights", "web"], {}, "--caller-weights: must be NAME=WEIGHT with commas between"),
+    (["--caller-weights", "web=1,web=2"], {}, "--caller-weights: must be NAME=WEIGHT with commas between, each name"),
+    (["--caller-weights", "web=0"], {}, "--caller-weights web: must be greater than or equal to 0.001; got '0'"),
+    (["--caller-weights", "web=much"], {}, "--caller-weights web: must be a valid number"),
     (["--listen", "8500"], {}, "--listen: must be HOST:PORT"),
     (["--listen", "127.0.0.1:70000"], {}, "--listen: must be HOST:PORT"),
     (["--http", ""], {}, "--http: must be HOST:PORT"),

@@ -12,7 +12,7 @@ from doors import Front, StaticRegistry, front, until
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 from latentd import tensor
-from latentd.names import CALLER_KEY, PUSHBACK_KEY, REQUEST_ID_KEY
+from latentd.names import CALLER_KEY, PRIORITY_KEY, PUSHBACK_KEY, REQUEST_ID_KEY
 from latentd.v1 import generation_service_pb2 as pb
 from latentd_server import failures
 from latentd_server.errors import STATUS_KEY
@@ -95,6 +95,7 @@ async def test_sample_sends_accepted_then_results_as_they_come(served: Front, en
 
 
 REFUSALS = [
+    (failures.QuotaExceededError("caller:x", "too much"), grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", None),
     (failures.OverloadedError(10, 10, 2.5), grpc.StatusCode.UNAVAILABLE, "OVERLOADED", "2500"),
     (failures.DrainingError(), grpc.StatusCode.UNAVAILABLE, "DRAINING", "1000"),
     (failures.DeadlineError(), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE", None),
@@ -208,6 +209,34 @@ async def test_without_a_deadline_the_engine_gets_none(served: Front, engine: Ma
     assert deadlines[1][1] - served.door.clock() == pytest.approx(1000, abs=20)
     for call in calls:
         call.cancel()
+
+
+async def test_a_call_names_its_priority(served: Front, engine: ManualEngine) -> None:
+    """In `x-latentd-priority`; without it a call is NORMAL."""
+    request = pb.DecodeRequest(model=V, latents=LATENTS)
+    calls = [
+        served.stub.Decode(request, metadata=((PRIORITY_KEY, "high"),)),
+        served.stub.Sample(pb.SampleRequest(model=V), metadata=((PRIORITY_KEY, "low"),)),
+        served.stub.Decode(request),
+    ]
+    await until(lambda: len(engine.jobs) == 3)
+    assert sorted(job.priority.name for job in engine.jobs.values()) == ["HIGH", "LOW", "NORMAL"]
+    for call in calls:
+        call.cancel()
+
+
+@pytest.mark.parametrize("method", ["Sample", "Decode"])
+async def test_an_unknown_priority_is_refused_with_what_there_is(method: str, served: Front) -> None:
+    """Like a field that is wrong, by the name of the metadata."""
+    metadata = ((PRIORITY_KEY, "urgent"),)
+    with pytest.raises(aio.AioRpcError, match="one of high, normal, low; got 'urgent'") as caught:
+        await (
+            served.stub.Sample(pb.SampleRequest(model=V), metadata=metadata).read()
+            if method == "Sample"
+            else served.stub.Decode(pb.DecodeRequest(model=V, latents=LATENTS), metadata=metadata)
+        )
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert reason(caught.value) == "FIELD_INVALID"
 
 
 async def test_callers_are_told_apart_by_name_or_by_connection(served: Front, engine: ManualEngine) -> None:

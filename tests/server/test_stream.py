@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from grpc import aio
 from latentd import tensor
+from latentd.names import PRIORITY_KEY
 from latentd.v1 import generation_service_pb2 as pb
 from latentd_server import failures
 from latentd_server.plans import Limits
@@ -477,3 +478,26 @@ async def test_a_client_that_sends_no_batch_gets_none(call: Any, engine: ManualE
     for job in (1, 2):
         engine.finish(job)
     assert [(await call.read()).id for _ in range(2)] == [1, 2]
+
+
+async def test_requests_of_one_stream_have_priorities_of_their_own(served: Front, engine: ManualEngine) -> None:
+    """A request's field beats the stream's metadata, which count where it has none; a loop keeps its first."""
+    call = Bounded(served.stub.Stream(metadata=((PRIORITY_KEY, "low"),)))
+    await call.write(Request(id=1, decode=DECODE))
+    await call.write(Request(id=2, decode=DECODE, priority=pb.PRIORITY_HIGH))
+    loop = pb.SampleRequest(model=D, seed=1, diffusion=pb.DiffusionOptions(step_count=3))
+    await call.write(Request(id=3, open_denoise=loop, priority=pb.PRIORITY_NORMAL))
+    await call.write(Request(id=3, take_step=pb.TakeStep()))
+    await until(lambda: len(engine.jobs) == 3)
+    assert [job.priority.name for job in engine.jobs.values()] == ["LOW", "HIGH", "NORMAL"]
+    call.cancel()
+
+
+async def test_a_priority_this_version_does_not_know_is_refused(call: Any, engine: ManualEngine) -> None:
+    """By its path, with what is allowed; the stream goes on."""
+    await call.write(Request(id=1, decode=DECODE, priority=9))  # type: ignore[arg-type]  # as a newer client might
+    refused = await call.read()
+    assert (refused.final, reason(refused)) == (True, "FIELD_INVALID")
+    assert "priority: must be one of PRIORITY_HIGH, PRIORITY_NORMAL, PRIORITY_LOW; got 9" in refused.error.message
+    await call.write(Request(id=1, decode=DECODE))
+    await until(lambda: len(engine.jobs) == 1)
