@@ -180,6 +180,7 @@ async def serving(config: Config, device: Device, points: Points | None = None) 
 
 async def _load(registry: Registry, health: Health, config: Config) -> None:
     await registry.load_all()
+    _return_memory()
     health.all_loaded()
     if why_not := health.why_not_serving:
         log.error("not serving: %s (models are looked for in %s)", why_not, config.models)
@@ -300,6 +301,12 @@ def _reflect(server: aio.Server, *modules: Any) -> None:
         for service in module.DESCRIPTOR.services_by_name.values()
     ]
     reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], server)
+
+
+def _return_memory() -> None:
+    """Give back what loading took and freed, which glibc would keep for the size of messages to come."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _tune_malloc() -> None:

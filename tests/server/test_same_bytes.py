@@ -17,6 +17,7 @@ from crowds import LONG, METHODS, Asked, asked, equal, messages, parts, wrong
 from google.protobuf.duration_pb2 import Duration
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from latentd.names import SAMPLERS
 from latentd.v1 import generation_service_pb2 as pb
 from latentd.v1 import generation_service_pb2_grpc
 from server_process import Process
@@ -200,6 +201,29 @@ def test_a_thousand_requests_have_the_bytes_of_lone_runs(servers: tuple[Stub, St
     checks = value(busy, "latentd_self_checks_total")
     assert checks > 0
     assert value(busy, 'latentd_self_checks_total{.*result="match".*}') == checks
+
+
+def test_a_restart_changes_no_byte(models_root: Path, tmp_path: Path) -> None:
+    """A process that finds the certificates of the one before it gives the same bytes under the same class."""
+    requests = [
+        pb.SampleRequest(model="tiny-diffusion", seed=3, sample_count=5, diffusion=pb.DiffusionOptions(sampler=name))
+        for name in SAMPLERS
+    ]
+    requests += [pb.SampleRequest(model=model, seed=3, sample_count=5) for model in ("tiny-vae", "tiny-gan")]
+    answers = []
+    for _ in range(2):
+        process = contextlib.contextmanager(_process)(models_root, "--cache", str(tmp_path))
+        with process as running, running.channel() as channel:
+            found = [_all(Stub(channel).Sample(request, timeout=60)) for request in requests]
+        kept = sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir())
+        assert len(kept) == 6, "one certificate a graph, written once"
+        answers.append((found, kept))
+    assert answers[0] == answers[1]
+
+
+def _all(responses: Any) -> tuple[str, Answers]:
+    first, *rest = responses
+    return first.accepted.determinism_class, parts("sample", rest)
 
 
 @pytest.mark.soak
