@@ -144,6 +144,7 @@ def test_a_run_leaves_its_record_log_and_pictures(digits: Dataset, tmp_path: Pat
     """The directory of a run holds what is documented, and nothing else."""
     printed = fit(tmp_path / "run", record_of("vae", digits), digits)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".lock",
         "config.json",
         "checkpoint.safetensors",
         "log.jsonl",
@@ -213,10 +214,10 @@ def test_what_a_killed_process_left_is_removed(
             fit(tmp_path, record, digits)
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / CHECKPOINT_FILE)], check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.glob(".*"))) == 1
+    assert len(list(tmp_path.glob(".*.partial"))) == 1
     assert checkpoint.load_run(tmp_path).step == 10
     fit(tmp_path, record, digits, resume=True)
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*.partial"))
     assert checkpoint.load_run(tmp_path).step == 20
 
 
@@ -239,7 +240,7 @@ def test_a_full_disk_stops_with_the_last_checkpoint_intact(
     with pytest.raises(train.TrainingError, match=r"(?s)No space left on device.*the last checkpoint, .* is intact"):
         fit(tmp_path, record_of("vae", digits), digits, interval=5)
     assert checkpoint.load_run(tmp_path).step == 5
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*.partial"))
     monkeypatch.undo()
     fit(tmp_path, read_record(tmp_path), digits, resume=True)
     assert checkpoint.load_run(tmp_path).step == 20
