@@ -378,14 +378,13 @@ class Engine:
         """Move the lanes of a call on, and tell what came of it."""
         batch, runner = flight.batch, flight.runner
         failures: dict[int, ServingError] = {}
-        try:
-            if flight.failure is not None or runner is None:
-                raise flight.failure or LookupError
-            outcomes = runner.finish(flight.prepared, flight.results)
-        except Exception as error:
-            log.error("a batch of %s failed; its segments are run again one by one", batch.key[0], exc_info=error)
+        if flight.failure is not None or runner is None:
+            text = "a batch of %s failed; its segments are run again one by one"
+            log.error(text, batch.key[0], exc_info=flight.failure)
             outcomes = self._ride_alone(runner, batch, failures)
             flight.landed_s = self._clock()
+        else:
+            outcomes = self._finish(runner, flight, failures)
         # Host work counts where the device waited for it.
         seconds = flight.landed_s - max(flight.planned_s, self._busy_until_s)
         self._busy_until_s = flight.landed_s
@@ -452,6 +451,16 @@ class Engine:
         self._runners = {key: runner for key, runner in self._runners.items() if key[0] != model}
         with self._admission_lock:
             self._admission.forget_model(model)
+
+    def _finish(self, runner: Runner, flight: Flight, failures: dict[int, ServingError]) -> list[Outcome]:
+        """What a call gave. If that cannot be told, all who rode fail: to run them again would take the step twice."""
+        try:
+            return runner.finish(flight.prepared, flight.results)
+        except Exception:
+            model, segments = flight.batch.key[0], flight.batch.segments
+            log.exception("what a batch of %s gave cannot be read; its jobs fail", model)
+            failures.update((segment.entry.job_id, RuntimeFailureError(model)) for segment in segments)
+            return [Outcome()] * len(segments)
 
     def _ride_alone(self, runner: Runner | None, batch: Batch, failures: dict[int, ServingError]) -> list[Outcome]:
         """One bad row must not fail its neighbours: every segment gets a call of its own."""

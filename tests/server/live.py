@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -17,6 +18,8 @@ from latentd_server.app import Serving, serving
 from latentd_server.config import Config
 from latentd_server.points import Points
 from latentd_server.runtime import Device
+
+Answer = TypeVar("Answer")
 
 
 class Live:
@@ -60,7 +63,11 @@ class Live:
 
     def turn(self) -> None:
         """Let the server's event loop do what it was asked to until now."""
-        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(60)
+        self.call(asyncio.sleep(0))
+
+    def call(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """Do something on the server's event loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     def settle(self) -> None:
         """Wait until the engine has been handed what it was asked for until now."""
