@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -146,6 +146,9 @@ def export(
     ] = None,
     license_: Annotated[str, typer.Option("--license", help="SPDX identifier of the weights' licence.")] = "Apache-2.0",
     replace: Annotated[bool, typer.Option("--replace", help="Replace this version if it is there.")] = False,
+    precision: Annotated[
+        Literal["fp32", "fp16"], typer.Option(help="What the networks compute in; fp16 is for GPUs.")
+    ] = "fp32",
 ) -> None:
     """Write a run as a bundle. Each ONNX graph is proved equal to torch first."""
     from latentd_trainer import export as exporter
@@ -154,7 +157,9 @@ def export(
     from latentd_trainer.onnx_graph import GraphError
 
     try:
-        directory = exporter.run(run, models=models, name=name, version=version, license=license_, replace=replace)
+        directory = exporter.run(
+            run, models=models, name=name, version=version, license=license_, replace=replace, precision=precision
+        )
     except (BundleError, CheckpointError, GraphError, OSError) as error:
         fail(error, 1)
     console.print(directory, markup=False, soft_wrap=True)

@@ -18,12 +18,13 @@ from latentd.digest import bundle_digest
 from latentd.v1 import bundle_pb2, model_pb2, tensor_pb2
 
 from latentd_trainer import bundle as bundles
-from latentd_trainer import onnx_graph, parity
+from latentd_trainer import half, onnx_graph, parity
 from latentd_trainer.bundle import BundleError, VersionTakenError
 from latentd_trainer.checkpoint import CHECKPOINT_FILE, RunRecord, load_run
 from latentd_trainer.contract import bundle_violations, role_name
 from latentd_trainer.onnx_graph import GraphError
 from latentd_trainer.onnx_module import OnnxModule
+from latentd_trainer.parity import Precision
 from latentd_trainer.spec import Graph, GraphInput, Role, ServingSpec, Source
 
 _log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def run(
     version: int | None = None,
     license: str = "Apache-2.0",
     replace: bool = False,
+    precision: Precision = "fp32",
 ) -> Path:
     """Export what the run in `run_directory` has trained to `models/NAME/VERSION/`; see `write_bundle`.
 
@@ -59,6 +61,7 @@ def run(
         license=license,
         replace=replace,
         trained_steps=trained.step,
+        precision=precision,
     )
 
 
@@ -73,6 +76,7 @@ def write_bundle(
     license: str = "Apache-2.0",
     replace: bool = False,
     trained_steps: int | None = None,
+    precision: Precision = "fp32",
 ) -> Path:
     """Write what was trained to `models/NAME/VERSION/` and return that.
 
@@ -89,6 +93,7 @@ def write_bundle(
         license: SPDX identifier of the weights' licence.
         replace: Whether an existing version may be replaced.
         trained_steps: How many steps it was trained for, which may be fewer than the settings ask for.
+        precision: What the networks compute in.
 
     Raises:
         GraphError: see `package`.
@@ -105,7 +110,9 @@ def write_bundle(
         record={**training, "trained_steps": trained_steps},
     )
     beside = {CHECKPOINT_FILE: safetensors.torch.save(weights(spec))}
-    return package(spec, origin, models=models, name=name, version=version, replace=replace, beside=beside)
+    return package(
+        spec, origin, models=models, name=name, version=version, replace=replace, beside=beside, precision=precision
+    )
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,7 @@ def package(
     version: int | None = None,
     replace: bool = False,
     beside: Mapping[str, bytes] | None = None,
+    precision: Precision = "fp32",
 ) -> Path:
     """Export and check every network, write all of it to `models/NAME/VERSION/` at once, and return that.
 
@@ -140,10 +148,11 @@ def package(
         version: Its version; the next free one if not given.
         replace: Whether an existing version may be replaced.
         beside: Files that lie in the bundle beside what a server reads, by name.
+        precision: What the networks compute in; their inputs and outputs are float32 either way.
 
     Raises:
         GraphError: a network cannot be exported, breaks the contract, or differs from torch by more than
-            `parity.ROW_TOLERANCE`; the message names the graph, the input and what was expected.
+            `parity.TOLERANCES` allow; the message names the graph, the input and what was expected.
         BundleError: the spec cannot be served as it is, the version exists and `replace` is not set, or the disk
             refused; what stood before stands.
     """
@@ -152,18 +161,20 @@ def package(
     number = version or bundles.next_version(models, name)
     bundles.require_free(models / name / str(number), replace)
     bundle = declare(spec, origin, f"{name}@{number}")
+    if precision == "fp16":
+        bundle.model.card.description += " Its networks compute in float16."
     if violations := bundle_violations(bundle):
         raise BundleError("the model cannot be served as it is:\n" + "\n".join(f"- {each}" for each in violations))
 
     files: dict[str, bytes] = {}
     proofs: dict[str, Any] = {}
     for graph, network in zip(spec.graphs, bundle.networks, strict=True):
-        data, proofs[role_name(graph.role)] = _export_graph(graph, network, bundle.model)
+        data, proofs[role_name(graph.role)] = _export_graph(graph, network, bundle.model, precision)
         files[network.file] = data
         network.sha256 = bundles.sha256(data)
     files |= beside or {}
     files[bundles.RECORD_FILE] = (
-        json.dumps({**origin.record, "export": _how_exported(proofs)}, indent=2) + "\n"
+        json.dumps({**origin.record, "export": _how_exported(proofs, precision)}, indent=2) + "\n"
     ).encode()
     while True:
         directory = models / name / str(number)
@@ -179,8 +190,9 @@ def package(
             return directory
 
 
-def _how_exported(proofs: Mapping[str, Any]) -> dict[str, Any]:
+def _how_exported(proofs: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
     return {
+        "precision": precision,
         "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": ort.__version__},
         "parity": proofs,
     }
@@ -278,20 +290,22 @@ def _tensor_spec(
     return model_pb2.TensorSpec(data_type=data_type, shape=shape, min_value=low, max_value=high)
 
 
-def _export_graph(graph: Graph, network: bundle_pb2.Network, model: model_pb2.Model) -> tuple[bytes, dict[str, Any]]:
+def _export_graph(
+    graph: Graph, network: bundle_pb2.Network, model: model_pb2.Model, precision: Precision
+) -> tuple[bytes, dict[str, Any]]:
     """The `.onnx` file of one network, and the figures that prove it equal to torch."""
     role = role_name(graph.role)
     example = parity.random_rows(network, onnx_graph.EXAMPLE_BATCH)
     graph.module.cpu()
     try:
-        if isinstance(graph.module, OnnxModule):
-            exported = graph.module.model
-        else:
-            exported = onnx_graph.to_onnx(graph, example)
+        module = graph.module
+        exported = module.model if isinstance(module, OnnxModule) else onnx_graph.to_onnx(graph, example)
+        if precision == "fp16":
+            exported = half.to_half(exported)
         if violations := onnx_graph.graph_violations(exported, network):
             raise GraphError("the exported graph cannot be served: " + "; ".join(violations))
         data = onnx_graph.serialize(exported)
-        proof = _prove(graph, network, model, data)
+        proof = _prove(graph, network, model, data, precision)
     except GraphError as error:
         raise GraphError(f"{role}: {error}") from error
     if not proof["row_invariant"]:
@@ -299,7 +313,9 @@ def _export_graph(graph: Graph, network: bundle_pb2.Network, model: model_pb2.Mo
     return data, {"opset": onnx_graph.opset(exported), **proof}
 
 
-def _prove(graph: Graph, network: bundle_pb2.Network, model: model_pb2.Model, data: bytes) -> dict[str, Any]:
+def _prove(
+    graph: Graph, network: bundle_pb2.Network, model: model_pb2.Model, data: bytes, precision: Precision
+) -> dict[str, Any]:
     """How far the exported graph is from torch.
 
     Raises:
@@ -308,9 +324,9 @@ def _prove(graph: Graph, network: bundle_pb2.Network, model: model_pb2.Model, da
     session = parity.open_session(data)
     if isinstance(graph.module, OnnxModule):  # there is no torch to be equal to
         return {"row_invariant": parity.row_invariant(session, network)}
-    proof: dict[str, Any] = {"deviation": parity.worst_deviation(graph.module, session, network)}
+    proof: dict[str, Any] = {"deviation": parity.worst_deviation(graph.module, session, network, precision)}
     if graph.role == Role.ROLE_DENOISER:
         proof["chain_deviation"] = parity.chain_deviation(graph.module, session, network, model)
-    if excesses := parity.excesses(**proof):
+    if excesses := parity.excesses(**proof, precision=precision):
         raise GraphError("; ".join(excesses))
     return {**proof, "row_invariant": parity.row_invariant(session, network)}

@@ -1,7 +1,8 @@
 """How far ONNX Runtime's answers are from torch's, and whether a row's answer depends on the rows beside it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -17,12 +18,26 @@ from latentd_trainer.spec import Meaning, Source
 
 BATCH_SIZES = (1, 2, 3, 7, 16, 64)
 """Batch sizes at which parity is measured."""
-ROW_TOLERANCE = 1e-5
-"""Largest deviation of one evaluation; see `deviation`."""
-CHAIN_TOLERANCE = 1e-4
-"""Largest deviation after a whole sampling chain; see `chain_deviation`."""
 CHAIN_STEPS = 10
-_DRAW_MISMATCH_SHARE = 1e-3
+
+Precision = Literal["fp32", "fp16"]
+"""What a network computes in; see `half.to_half`."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a graph may be from torch in float32."""
+
+    row: float  # largest deviation of one evaluation; see `deviation`
+    chain: float  # largest deviation after a whole sampling chain; see `chain_deviation`
+    draws: float  # share of a draw's elements that may be off, where the last bit decides between two levels
+
+
+TOLERANCES: Mapping[Precision, Tolerance] = {
+    "fp32": Tolerance(row=1e-5, chain=1e-4, draws=1e-3),
+    # Float16 has 11 bits, 5e-4 of a value; a network's roundings add up to some of these.
+    "fp16": Tolerance(row=1e-2, chain=5e-2, draws=1e-2),
+}
 
 Feeds = Mapping[str, NDArray[Any]]
 """Values of every input by name, in the graph's order, [n, *shape]."""
@@ -89,7 +104,11 @@ def run_torch(module: nn.Module, feeds: Feeds) -> list[NDArray[Any]]:
 
 
 def worst_deviation(
-    module: nn.Module, session: ort.InferenceSession, network: bundle_pb2.Network, sizes: Sequence[int] = BATCH_SIZES
+    module: nn.Module,
+    session: ort.InferenceSession,
+    network: bundle_pb2.Network,
+    precision: Precision = "fp32",
+    sizes: Sequence[int] = BATCH_SIZES,
 ) -> dict[str, float]:
     """The largest `deviation` of each output over random rows at every size."""
     worst = {output.name: 0.0 for output in network.outputs}
@@ -98,34 +117,37 @@ def worst_deviation(
         expected = run_torch(module, feeds)
         actual = run_onnx(session, feeds)
         for output, ours, theirs in zip(network.outputs, actual, expected, strict=True):
-            worst[output.name] = max(worst[output.name], deviation(output.meaning, ours, theirs))
+            worst[output.name] = max(worst[output.name], deviation(output.meaning, ours, theirs, TOLERANCES[precision]))
     return worst
 
 
-def excesses(deviation: Mapping[str, float], chain_deviation: float = 0.0) -> list[str]:
+def excesses(deviation: Mapping[str, float], chain_deviation: float = 0.0, precision: Precision = "fp32") -> list[str]:
     """Every deviation that is not within its tolerance, in words; NaN is within none."""
+    tolerance = TOLERANCES[precision]
     found = [
         f"output {output!r} differs from torch by {worst:.2g} at some batch size of "
-        f"{', '.join(map(str, BATCH_SIZES))}; at most {ROW_TOLERANCE:g} is allowed"
+        f"{', '.join(map(str, BATCH_SIZES))}; at most {tolerance.row:g} is allowed"
         for output, worst in deviation.items()
-        if not worst <= ROW_TOLERANCE
+        if not worst <= tolerance.row
     ]
-    if not chain_deviation <= CHAIN_TOLERANCE:
+    if not chain_deviation <= tolerance.chain:
         found.append(
             f"samples after {CHAIN_STEPS} steps differ from torch by {chain_deviation:.2g}; "
-            f"at most {CHAIN_TOLERANCE:g} is allowed"
+            f"at most {tolerance.chain:g} is allowed"
         )
     return found
 
 
-def deviation(meaning: int, actual: NDArray[Any], expected: NDArray[Any]) -> float:
+def deviation(
+    meaning: int, actual: NDArray[Any], expected: NDArray[Any], tolerance: Tolerance = TOLERANCES["fp32"]
+) -> float:
     """Distance of `actual` from `expected`, in the terms in which this output must be close.
 
     Largest absolute difference, but
     - log-likelihoods and bounds are sums over all pixels, so their rounding grows with their size, which may be
       thousands of nats: there it is relative to max(1, |expected|);
     - draws may be rounded to levels, where the last bit decides between two: there, elements that differ by more
-      than the tolerance are left out as long as they are at most one in a thousand.
+      than the tolerance are left out as long as they are few enough for it.
 
     Returns infinity for other shapes, and where either is not finite.
     """
@@ -134,8 +156,8 @@ def deviation(meaning: int, actual: NDArray[Any], expected: NDArray[Any]) -> flo
     difference = np.abs(actual.astype(np.float64) - expected)
     if meaning in (Meaning.MEANING_LOG_LIKELIHOOD, Meaning.MEANING_EVIDENCE_LOWER_BOUND):
         difference /= np.maximum(1.0, np.abs(expected))
-    if meaning == Meaning.MEANING_SAMPLE_DRAW and np.mean(difference > ROW_TOLERANCE) <= _DRAW_MISMATCH_SHARE:
-        difference = difference[difference <= ROW_TOLERANCE]
+    if meaning == Meaning.MEANING_SAMPLE_DRAW and np.mean(difference > tolerance.row) <= tolerance.draws:
+        difference = difference[difference <= tolerance.row]
     return float(difference.max(initial=0.0))
 
 

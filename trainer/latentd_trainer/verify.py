@@ -24,6 +24,7 @@ from latentd_trainer.checkpoint import CHECKPOINT_FILE, build_family
 from latentd_trainer.contract import bundle_violations, role_name
 from latentd_trainer.data import DataInfo
 from latentd_trainer.onnx_graph import GraphError
+from latentd_trainer.parity import Precision
 from latentd_trainer.spec import ServingSpec
 
 SMOKE_SIZES = (1, 3)
@@ -75,8 +76,18 @@ def check(directory: Path) -> Iterator[Check]:
     spec, why_not, failures = _rebuild(directory)
     if failures:
         yield Check(CHECKPOINT_FILE, "builds the networks again", failures)
+    precision = _precision(directory)
     for network in bundle.networks:
-        yield from _graph_checks(directory / network.file, network, bundle.model, spec, why_not)
+        yield from _graph_checks(directory / network.file, network, bundle.model, spec, why_not, precision)
+
+
+def _precision(directory: Path) -> Precision:
+    """What the bundle's networks were exported to compute in, by its record; float32 where there is none."""
+    try:
+        half = bundles.read_record(directory)["export"]["precision"] == "fp16"
+    except (BundleError, OSError, KeyError, TypeError):
+        return "fp32"
+    return "fp16" if half else "fp32"
 
 
 def _name_failures(directory: Path, model: model_pb2.Model) -> list[str]:
@@ -103,6 +114,7 @@ def _graph_checks(
     model: model_pb2.Model,
     spec: ServingSpec | None,
     why_not: str,
+    precision: Precision,
 ) -> Iterator[Check]:
     try:
         data = path.read_bytes()
@@ -132,7 +144,7 @@ def _graph_checks(
     if spec is None:
         yield Check(path.name, "equals torch", skipped=True, note=why_not)
         return
-    yield _parity_check(path.name, session, network, model, spec)
+    yield _parity_check(path.name, session, network, model, spec, precision)
 
 
 def _smoke_failures(session: ort.InferenceSession, network: bundle_pb2.Network) -> list[str]:
@@ -154,16 +166,19 @@ def _parity_check(
     network: bundle_pb2.Network,
     model: model_pb2.Model,
     spec: ServingSpec,
+    precision: Precision,
 ) -> Check:
     graph = next((graph for graph in spec.graphs if graph.role == network.role), None)
     if graph is None:
         return Check(name, "equals torch", [f"the family has no {role_name(network.role)}"])
     try:
-        worst = parity.worst_deviation(graph.module, session, network)
+        worst = parity.worst_deviation(graph.module, session, network, precision)
         chain = parity.chain_deviation(graph.module, session, network, model) if model.HasField("diffusion") else 0.0
     except GraphError as error:
         return Check(name, "equals torch", [str(error)])
-    return Check(name, "equals torch", parity.excesses(worst, chain), f"to {max(chain, *worst.values()):.1e}")
+    return Check(
+        name, "equals torch", parity.excesses(worst, chain, precision), f"to {max(chain, *worst.values()):.1e}"
+    )
 
 
 def _rebuild(directory: Path) -> tuple[ServingSpec | None, str, list[str]]:
