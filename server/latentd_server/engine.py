@@ -68,7 +68,7 @@ class Flight:
     runner: Runner | None
     planned_s: float
     size: int = 0  # rows, padding counted
-    expected_s: float = 0.0  # what the call is expected to take
+    expected_s: float = 0.0  # what the call will take at least
     prepared: Any = None  # the runner's own
     results: Any = None
     failure: Exception | None = None  # of `prepare` or `run`
@@ -357,7 +357,8 @@ class Engine:
         except Exception as error:
             flight.failure = error
         now_s = self._clock()
-        flight.expected_s = self._admission.typical_s(batch.key, flight.size)
+        # At least: a typical call may have waited for the interpreter more than for the device.
+        flight.expected_s = self._admission.least_s(batch.key, flight.size, now_s)
         host_s = self._host_s.get(batch.key, now_s - began_s)
         self._host_s[batch.key] = host_s + _NEWEST * (now_s - began_s - host_s)
         return flight
