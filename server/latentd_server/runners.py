@@ -33,8 +33,8 @@ class Runner(Protocol):
     are run in the order in which they were prepared, and each is finished before the second one after it is run. What
     `prepare` and `run` give is the runner's own: the engine hands it on.
 
-    A call that fails leaves every lane where it was, and need not be finished: its segments may be prepared anew, one
-    by one, with the positions they have.
+    A `run` that fails leaves every lane where it was, and need not be finished: its segments may be prepared anew, one
+    by one, with the positions they have. When `finish` fails the lanes have taken their step and cannot be told of it.
     """
 
     def warm(self) -> None:

@@ -160,6 +160,7 @@ class StepResults:
 
     state: Memory
     rows: dict[str, Array] | None = None  # where the device's thread had to read them
+    failure: Exception | None = None  # why they could not be read, though every lane has taken its step
 
 
 class StepRunner:
@@ -334,7 +335,10 @@ class StepRunner:
         frame.bound(prepared.size, pool.memory).run(held.capture)
         if not self._graph.device.has_memory:
             return StepResults(pool.memory)
-        return StepResults(pool.memory, {name: self._read(prepared, name, pool.memory) for name in prepared.reads})
+        try:
+            return StepResults(pool.memory, {name: self._read(prepared, name, pool.memory) for name in prepared.reads})
+        except Exception as error:  # a call that fails must leave every lane where it was, and they have moved on
+            return StepResults(pool.memory, failure=error)
 
     def _record(self, size: int, held: _OnDevice, *, wait: bool) -> None:
         """Record the calls of a size as a CUDA graph, anew when the state has moved.
@@ -363,6 +367,8 @@ class StepRunner:
 
     def finish(self, prepared: PreparedSteps, results: StepResults) -> list[Outcome]:
         """Hand out previews and finished lanes, whose slots are free from now on."""
+        if results.failure is not None:
+            raise results.failure
         outcomes = [_UNDER_WAY] * prepared.segments
         rows = results.rows or {name: self._read(prepared, name, results.state) for name in prepared.reads}
         for ending in prepared.endings:

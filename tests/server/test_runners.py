@@ -304,6 +304,21 @@ def test_a_call_goes_without_a_recording_that_fails(
     assert "kernels are launched one by one" in caplog.text
 
 
+def test_rows_that_cannot_be_read_make_no_lane_step_twice(
+    apart: StepRunner, job: Callable[..., StepJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the step was taken and only reading fails, it is `finish` that fails, not the call: nobody tries again."""
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("copy failed")
+
+    monkeypatch.setattr(StatePool, "read", fail)
+    call = apart.prepare([segment(1, job(preview_interval=1))])
+    results = apart.run(call)
+    with pytest.raises(RuntimeError, match="copy failed"):
+        apart.finish(call, results)
+
+
 def test_single_calls_on_a_device_with_its_own_memory(calls: CallRunner, models_root: Path) -> None:
     """Rows go up, answers come down, and calls that overlap do not mix."""
     stored = read(models_root / "tiny-vae" / "1")
