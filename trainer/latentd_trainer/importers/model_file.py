@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Generic, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 import yaml
@@ -11,9 +11,27 @@ from latentd.v1 import model_pb2
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from latentd_trainer.contract import schedule_violations
+from latentd_trainer.contract import (
+    ALLOWED_MEANINGS,
+    ALLOWED_SOURCES,
+    REQUIRED_SOURCES,
+    role_name,
+    schedule_violations,
+)
 from latentd_trainer.importers import ImportingError, noise_schedules
-from latentd_trainer.importers.words import Family, Meaning, Method, Prediction, Role, Sampler, Source
+from latentd_trainer.importers.words import (
+    MEANINGS,
+    SOURCES,
+    UNUSED,
+    Family,
+    Meaning,
+    Method,
+    Prediction,
+    Role,
+    Sampler,
+    Source,
+    words,
+)
 from latentd_trainer.spec import Role as Roles
 from latentd_trainer.spec import Source as Sources
 
@@ -79,6 +97,12 @@ class SampleSpec(_Part):
         if not self.range[0] < self.range[1]:
             raise ValueError(f"range must rise, got {list(self.range)}")
         return self
+
+
+class Latents(_Part):
+    """What latents are drawn from where a request gives none."""
+
+    prior: Literal["normal", "uniform"] = "normal"  # N(0, 1) or U[0, 1), for each element
 
 
 class Schedule(_Part):
@@ -160,6 +184,7 @@ class ModelFile(_Part, Generic[Entry]):
     family: Family
     graphs: dict[Role, Entry] = Field(min_length=1)
     sample: SampleSpec = SampleSpec()
+    latent: Latents = Latents()
     classes: tuple[Annotated[str, BeforeValidator(_class_name)], ...] = ()
     class_probabilities: tuple[float, ...] = ()
     methods: tuple[Method, ...] = ()  # what the graphs can answer if not given
@@ -176,9 +201,27 @@ class ModelFile(_Part, Generic[Entry]):
             problems.append(f"name {self.name!r} must match {names.NAME_PATTERN}, as my-vae does")
         if (Roles.ROLE_DENOISER in self.graphs) != (self.diffusion is not None):
             problems.append("a denoiser and `diffusion` must come together")
+        for role, entry in self.graphs.items():
+            problems += [f"graphs.{role_name(role)}.{text}" for text in self._place_problems(role, entry)]
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _place_problems(self, role: Role, entry: Entry) -> list[str]:
+        """Sources and meanings that a graph of this role cannot have."""
+        found = []
+        takes, gives = ALLOWED_SOURCES[role], ALLOWED_MEANINGS[role] | {UNUSED}
+        for name, said in entry.inputs.items():
+            if said.source not in takes:
+                found.append(f"inputs.{name}: a {role_name(role)} takes {', '.join(words(SOURCES, takes))}")
+            elif said.source == Sources.SOURCE_CLASS_LABEL and not self.classes:
+                found.append(f"inputs.{name}: takes labels, so `classes` must name them")
+        for name, meaning in entry.outputs.items():
+            if meaning not in gives:
+                found.append(f"outputs.{name}: a {role_name(role)} gives {', '.join(words(MEANINGS, gives))}")
+        given = {said.source for said in entry.inputs.values()}
+        missing = words(SOURCES, REQUIRED_SOURCES[role] - given)
+        return found + [f"inputs: one must come from {name}" for name in missing]
 
     def answered_methods(self) -> tuple[Method, ...]:
         """The methods that were asked for, or all that the graphs can answer."""

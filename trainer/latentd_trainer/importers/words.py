@@ -3,7 +3,7 @@
 The words are the contract's own names in small letters, so that nothing is listed twice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
 from google.protobuf.descriptor import EnumDescriptor
@@ -33,11 +33,16 @@ FAMILIES = _words(model_pb2.Model.Family.DESCRIPTOR)
 METHODS = _words(model_pb2.Model.Method.DESCRIPTOR)
 
 
-def _one_of(words: dict[str, Any]) -> Callable[[Any], Any]:
+def words(known: dict[str, Any], values: Collection[int]) -> list[str]:
+    """The words for these values, in the contract's order."""
+    return [word for word, value in known.items() if value in values]
+
+
+def _one_of(known: dict[str, Any]) -> Callable[[Any], Any]:
     def look_up(text: Any) -> Any:
-        if not isinstance(text, str) or text not in words:
-            raise ValueError(f"must be one of {', '.join(words)}; got {text!r}")
-        return words[text]
+        if not isinstance(text, str) or text not in known:
+            raise ValueError(f"must be one of {', '.join(known)}; got {text!r}")
+        return known[text]
 
     return look_up
 
