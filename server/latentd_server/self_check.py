@@ -2,7 +2,7 @@
 
 At most one at a time, and only while the engine has nothing else to do: one evaluation at a time, so that work that
 arrives waits for no more than a call of one lane. What is kept is the job of that lane and the digest of its bytes.
-Belongs to the device's thread; told the time, reads no clock.
+Used by one thread at a time, `step` by the device's; told the time, reads no clock.
 """
 
 import hashlib

@@ -109,16 +109,16 @@ def variants(loaded: dict[str, LoadedModel]) -> list[Job]:
     ]
 
 
-def answered(job: Job, runner: Runner) -> tuple[Any, Outcome]:
+def answered(job: Job, runner: Runner, max_rows: int = 8) -> tuple[Any, Outcome]:
     """The job's last arrival, and what came with it."""
-    scheduler = Scheduler(8)
+    scheduler = Scheduler(max_rows)
     scheduler.add(1, job, "test", 0.0)
     while True:
         batch = scheduler.plan(0.0)
         assert batch is not None
         [outcome] = evaluate(runner, batch.segments)
         [arrival] = scheduler.complete(batch, 0.0)
-        if arrival.done:
+        if arrival.last:
             runner.forget(1)
             return arrival, outcome
 
@@ -143,18 +143,21 @@ def lies(segments: Sequence[Segment], outcomes: list[Outcome]) -> list[Outcome]:
 
 
 @pytest.mark.parametrize("honest", [True, False])
+@pytest.mark.parametrize("max_rows", [2, 8])
 @pytest.mark.parametrize("which", range(6))
 def test_a_lane_made_again_alone_matches_unless_somebody_lies(
-    which: int, honest: bool, loaded: dict[str, LoadedModel], caplog: pytest.LogCaptureFixture
+    which: int, max_rows: int, honest: bool, loaded: dict[str, LoadedModel], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Walks, guidance, start points, tables by lane, history and calls: equal bytes, and an ulp is a mismatch."""
+    """Walks, guidance, start points, tables by lane, history and calls, in one batch or split over several: equal
+    bytes, and an ulp is a mismatch.
+    """
     job = variants(loaded)[which]
     metrics = Metrics()
     check = SelfCheck(metrics, 10.0)
     check.begin(job.model)
     key = graph_key(job)
     runner = Between(loaded[job.model].runners[key])
-    arrival, outcome = answered(job, runner)
+    arrival, outcome = answered(job, runner, max_rows)
     check.offer(arrival, outcome, 1.0)
     assert check.has_work
     runner.after = runner.after if honest else lies

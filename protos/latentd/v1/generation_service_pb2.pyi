@@ -305,7 +305,8 @@ class SampleAccepted(google.protobuf.message.Message):
     QUEUE_DEPTH_FIELD_NUMBER: builtins.int
     determinism_class: builtins.str
     """Opaque. Equal strings promise equal bytes for equal requests; it covers
-    weights, runtime, device kind and server arithmetic.
+    weights, runtime, device kind and server arithmetic. Where nothing is promised no
+    two answers carry the same; see `Model.determinism`.
     """
     queue_depth: builtins.int
     """Requests ahead of this one when it was admitted."""
