@@ -12,6 +12,7 @@ so a size that passes with random numbers is taken to pass with all; the server'
 """
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -40,7 +41,7 @@ class Buckets:
 
     def fit(self, rows: int) -> int:
         """The smallest size that holds so many rows."""
-        return next(size for size in self.sizes if size >= rows)
+        return self.sizes[bisect_left(self.sizes, rows)]
 
 
 @dataclass(frozen=True)
