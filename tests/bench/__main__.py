@@ -1,21 +1,18 @@
-"""`make bench`: served samples/s as a ratio to a bare ONNX Runtime loop, in one run on the same cores.
+"""`make bench`: what is served as a ratio to a bare ONNX Runtime loop, in one run on the same cores.
 
-Prints a table and writes `bench/serving.json`. Absolute figures of a shared machine mean little, ratios of one run do.
+Prints tables and writes `bench/serving.json`. Absolute figures of a shared machine mean little, ratios of one run do.
 """
 
 import argparse
 import json
 import os
 import platform
-import socket
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -24,77 +21,131 @@ from latentd.v1 import bundle_pb2
 
 from tests.bench import bare, bundles
 from tests.bench.load import STEPS
+from tests.bench.served import Server, drive, server
 
 VAE, DIFFUSION = "digits-vae", "digits-diffusion"
-CELLS = (  # load, model, requests in flight
-    ("decode", bundles.TINY_VAE, 32),
-    ("stream-decode", bundles.TINY_VAE, 1),
-    ("stream-decode", bundles.TINY_VAE, 32),
-    ("sample-256", bundles.TINY_VAE, 1),
-    ("decode-16", bundles.GENERATOR, 32),
-    ("stream-decode-16", bundles.GENERATOR, 32),
-    ("decode", VAE, 32),
-    ("stream-decode", VAE, 32),
-    ("sample-256", VAE, 1),
-    ("stream-sample", DIFFUSION, 1),
-    ("stream-sample", DIFFUSION, 8),
-    ("stream-sample", DIFFUSION, 32),
-    ("sample", DIFFUSION, 32),
+
+
+class Cell(NamedTuple):
+    """One load."""
+
+    kind: str
+    model: str
+    in_flight: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.model}:{self.in_flight}"
+
+
+CELLS = (
+    Cell("decode", bundles.TINY_VAE, 32),
+    Cell("stream-decode", bundles.TINY_VAE, 1),
+    Cell("stream-decode", bundles.TINY_VAE, 32),
+    Cell("sample-256", bundles.TINY_VAE, 1),
+    Cell("decode-16", bundles.GENERATOR, 32),
+    Cell("stream-decode-16", bundles.GENERATOR, 32),
+    Cell("decode", VAE, 32),
+    Cell("stream-decode", VAE, 32),
+    Cell("sample-256", VAE, 1),
+    Cell("sample", DIFFUSION, 32),
+    Cell("stream-sample", DIFFUSION, 1),
+    Cell("stream-sample", DIFFUSION, 8),
+    Cell("stream-sample", DIFFUSION, 32),
+    Cell("stream-mix", DIFFUSION, 32),
 )
+_IDLE_S = 2.0
+_MAX_ROWS = 32  # of a batch, the server's default
 
 
-def cpu_seconds(pid: int) -> float:
-    """User and system time a process has used, to the nanosecond: its clock as clock_getcpuclockid(3) names it."""
-    return time.clock_gettime(~pid << 3 | 2)
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures are from."""
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
+        "grpcio": grpc.__version__,
+        "numpy": np.__version__,
+        "threads": threads,
+    }
 
 
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def yardsticks(models: Path, names: set[str], threads: int, seconds: float) -> dict[str, bare.Rate]:
+    """What a bare loop does with each model, for so many seconds each."""
+    rates = {}
+    for name in sorted(names):
+        directory = models / name / "1"
+        if name == DIFFUSION:
+            rates[name] = bare.best_walk(directory, STEPS, threads, seconds)
+        else:
+            rates[name] = bare.best_call(directory, bundle_pb2.Network.ROLE_DECODER, threads, seconds)
+        rate = rates[name]
+        print(f"bare {name}: {rate.per_second:,.0f} samples/s at batch {rate.batch_size}", flush=True)
+    return rates
 
 
-@contextmanager
-def server(models: Path, threads: int) -> Iterator[tuple[str, int]]:
-    """A server on loopback; its address and process id."""
-    address = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "latentd_server", "--models", str(models), "--listen", address]
-    command += ["--http", "127.0.0.1:0", "--device", "cpu", "--threads", str(threads), "--log-level", "warning"]
-    process = subprocess.Popen(command)
-    try:
-        with grpc.insecure_channel(address) as channel:
-            grpc.channel_ready_future(channel).result(timeout=60)
-            _wait_until_serving(channel)
-        yield address, process.pid
-    finally:
-        process.terminate()
-        process.wait(timeout=90)
+def run(to: Server, cells: list[Cell], rates: dict[str, bare.Rate], seconds: float) -> list[dict[str, Any]]:
+    """Every load, a line each."""
+    print(
+        f"\n{'load':<18}{'model':<18}{'in flight':>10}{'samples/s':>11}{'of bare':>9}{'per CPU s':>11}"
+        f"{'CPU us/req':>12}{'rows':>6}{'fill':>6}{'p50 ms':>9}"
+    )
+    measured = []
+    for cell in cells:
+        found = drive(to, cell.kind, cell.model, cell.in_flight, seconds)
+        rate = rates[cell.model]
+        found |= {"load": cell.kind, "model": cell.model, "in_flight": cell.in_flight}
+        found["ratio"] = found["rows_per_second"] / rate.per_second
+        found["cpu_ratio"] = found["rows_per_server_cpu_second"] / rate.per_cpu_second
+        lanes = cell.in_flight * found["rows"] // found["requests"]
+        found["fill"] = found["mean_batch_rows"] / min(lanes, _MAX_ROWS)
+        measured.append(found)
+        print(
+            f"{cell.kind:<18}{cell.model:<18}{cell.in_flight:>10}{found['rows_per_second']:>11,.0f}"
+            f"{found['ratio']:>9.2f}{found['cpu_ratio']:>11.2f}{found['server_cpu_us_per_request']:>12,.0f}"
+            f"{found['mean_batch_rows']:>6.1f}{found['fill']:>6.2f}{found['p50_ms']:>9.2f}",
+            flush=True,
+        )
+    return measured
 
 
-def _wait_until_serving(channel: grpc.Channel) -> None:
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
+def compare_latencies(measured: list[dict[str, Any]], models: Path, threads: int, seconds: float) -> dict[str, Any]:
+    """Latencies by step count of the diffusion mix, against batches that are held until their longest walk is done."""
+    held = bare.held_to_longest(models / DIFFUSION / "1", STEPS, _MAX_ROWS, threads, seconds)
+    found: dict[str, Any] = {"held_to_longest_ms": held}
+    print(f"\nmedian latency by step count, 32 in flight; batches held to their longest walk: {_by_steps(held)}")
+    for cell in measured:
+        if cell["model"] == DIFFUSION and cell["in_flight"] == _MAX_ROWS:
+            ratio = cell["p50_ms_by_steps"][str(STEPS[0])] / held[STEPS[0]]
+            found[cell["load"]] = {"p50_ms_by_steps": cell["p50_ms_by_steps"], "ratio_of_shortest": ratio}
+            text = _by_steps({int(steps): each for steps, each in cell["p50_ms_by_steps"].items()})
+            print(f"  {cell['load']:<16}{text}; {STEPS[0]} steps: {ratio:.2f} of that")
+    return found
 
-    stub = health_pb2_grpc.HealthStub(channel)
-    for _ in range(600):
-        if stub.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING:
-            return
-        time.sleep(0.1)
-    raise TimeoutError("the server did not come up within a minute")
+
+def _by_steps(latencies_ms: dict[int, float]) -> str:
+    return ", ".join(f"{steps} steps {each:.0f} ms" for steps, each in latencies_ms.items())
 
 
-def drive(address: str, pid: int, kind: str, model: str, concurrency: int, seconds: float) -> dict[str, Any]:
-    """One cell: load from a process of its own, and what the server spent on it."""
-    command = [sys.executable, "-m", "tests.bench.load", address, kind, model, str(concurrency), str(seconds)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
-        assert client.stdout is not None
-        if client.stdout.readline() != "ready\n":
-            raise RuntimeError(f"the load process of {kind} did not start")
-        before = cpu_seconds(pid)
-        result: dict[str, Any] = json.loads(client.stdout.readline())
-        spent = cpu_seconds(pid) - before
-    cell = {"load": kind, "concurrency": concurrency, "server_cpu_us_per_request": spent / result["requests"] * 1e6}
-    return cell | {"rows_per_server_cpu_second": result["rows"] / spent} | result
+def rest(to: Server) -> dict[str, float]:
+    """What a server costs that has nothing to do."""
+    before = to.cpu_s
+    time.sleep(_IDLE_S)
+    idle = {
+        "start_up_s": to.start_up_s,
+        "resident_mib": to.resident_mib,
+        "idle_cpu_share": (to.cpu_s - before) / _IDLE_S,
+    }
+    print(
+        f"\nserving {idle['start_up_s']:.2f} s after its start; {idle['resident_mib']:.0f} MiB resident; "
+        f"idle it takes {idle['idle_cpu_share']:.1%} of a core"
+    )
+    return idle
 
 
 def main() -> int:
@@ -104,62 +155,43 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each cell")
     parser.add_argument("--threads", type=int, default=1, help="threads of ONNX Runtime, in the server and bare")
     parser.add_argument("--out", type=Path, default=Path("bench/serving.json"))
-    known = {f"{kind}:{concurrency}": (kind, concurrency) for kind, concurrency in CELLS}
+    known = {str(cell): cell for cell in CELLS}
     parser.add_argument(
         "--cells",
         nargs="+",
         choices=known,
         default=list(known),
-        metavar="LOAD:IN_FLIGHT",
+        metavar="LOAD:MODEL:IN_FLIGHT",
         help="which to run; all by default",
     )
     options = parser.parse_args()
-    directories = {name: options.models / name / "1" for name in (VAE, DIFFUSION)}
-    missing = [str(directory) for directory in directories.values() if not directory.exists()]
+    cells = [known[name] for name in options.cells]
+    trained = {cell.model for cell in cells} - {bundles.TINY_VAE, bundles.GENERATOR}
+    missing = [name for name in sorted(trained) if not (options.models / name / "1").exists()]
     if missing:
-        print(f"no bundle in {', '.join(missing)}; `make demo` trains them", file=sys.stderr)
+        print(f"no bundle of {', '.join(missing)} in {options.models}; `make demo` trains them", file=sys.stderr)
         return 2
-    machine = {
-        "cpu": next(
-            (
-                line.split(":")[1].strip()
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if "model name" in line
-            ),
-            platform.processor(),
-        ),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
-        "grpcio": grpc.__version__,
-        "numpy": np.__version__,
-        "threads": options.threads,
-    }
-    decode = bare.best_call(directories[VAE], bundle_pb2.Network.ROLE_DECODER, options.threads, 2 * options.seconds)
-    walk = bare.best_walk(directories[DIFFUSION], STEPS, options.threads, 3 * options.seconds)
-    print(json.dumps(machine))
-    print(f"bare VAE decode: {decode.per_second:,.0f} samples/s at batch {decode.batch_size}")
-    print(f"bare diffusion (steps {STEPS}): {walk.per_second:,.1f} samples/s at batch {walk.batch_size}")
-    print(
-        f"{'load':<18}{'in flight':>10}{'samples/s':>12}{'of bare':>9}{'per CPU s':>11}{'CPU us/req':>12}{'p50 ms':>9}"
-    )
-    cells = []
-    with server(options.models, options.threads) as (address, pid):
-        for kind, concurrency in map(known.__getitem__, options.cells):
-            cell = drive(address, pid, kind, concurrency, options.seconds)
-            yardstick = walk if kind in ("stream-sample", "sample") else decode
-            cell["ratio"] = cell["rows_per_second"] / yardstick.per_second
-            cell["cpu_ratio"] = cell["rows_per_server_cpu_second"] / yardstick.per_cpu_second
-            cells.append(cell)
-            print(
-                f"{kind:<18}{concurrency:>10}{cell['rows_per_second']:>12,.1f}{cell['ratio']:>9.2f}"
-                f"{cell['cpu_ratio']:>11.2f}{cell['server_cpu_us_per_request']:>12,.0f}{cell['p50_ms']:>9.2f}",
-                flush=True,
-            )
+    report: dict[str, Any] = {"machine": machine(options.threads)}
+    print(json.dumps(report["machine"]))
+    with tempfile.TemporaryDirectory() as made:
+        models = Path(made)
+        for name in (bundles.TINY_VAE, bundles.GENERATOR):
+            bundles.write(models, name)
+        for name in trained:
+            (models / name).symlink_to((options.models / name).resolve())
+        rates = yardsticks(models, {cell.model for cell in cells}, options.threads, 3 * options.seconds)
+        with server(models, options.threads) as to:
+            report["rest"] = rest(to)
+            report["cells"] = run(to, cells, rates, options.seconds)
+        report["bare"] = {name: asdict(rate) for name, rate in rates.items()}
+        if any(cell.model == DIFFUSION and cell.in_flight == _MAX_ROWS for cell in cells):
+            report["latency"] = compare_latencies(report["cells"], models, options.threads, options.seconds)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine, "bare": {"decode": asdict(decode), "walk": asdict(walk)}, "cells": cells}
     options.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {options.out}; 'of bare' compares wall time, 'per CPU s' samples per second of the server's CPU")
+    print(
+        f"\nwritten to {options.out}; 'of bare' compares wall time, 'per CPU s' samples per second of the server's "
+        "CPU; 'rows' is the mean batch, 'fill' its share of what is in flight"
+    )
     return 0
 
 

@@ -117,3 +117,27 @@ def best_walk(directory: Path, steps: tuple[int, ...], threads: int, seconds: fl
         for size in (8, 16, 32)
     ]
     return max(rates, key=lambda rate: rate.per_second)
+
+
+def held_to_longest(
+    directory: Path, steps: tuple[int, ...], in_flight: int, threads: int, seconds: float
+) -> dict[int, float]:
+    """Median latency in ms by step count of request-level batching.
+
+    What waits is batched, whatever its step count, and nobody leaves or joins before the longest walk of the batch is
+    done. A closed loop on this thread: every request that is answered is followed by another at once. The calls are
+    real, all of the same size, without any update.
+    """
+    bundle = read(directory)
+    (network,) = bundle.networks
+    running = session(directory, network, threads)
+    inputs = feeds(network, in_flight, max(1, len(bundle.model.class_names)), len(bundle.model.diffusion.alphas))
+    latencies: dict[int, list[float]] = {count: [] for count in steps}
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds or not all(latencies.values()):
+        asked = time.perf_counter()  # all of them arrived together, when the batch before was answered
+        for _ in range(max(steps)):
+            running.run(None, inputs)
+        for count in steps:
+            latencies[count].append(time.perf_counter() - asked)
+    return {count: float(np.median(values)) * 1e3 for count, values in latencies.items()}

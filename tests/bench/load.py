@@ -1,6 +1,8 @@
 """Load from a process of its own: a closed loop of so many requests in flight, over one connection.
 
-Run as `python -m tests.bench.load TARGET KIND MODEL CONCURRENCY SECONDS`; prints one JSON line.
+Run as `python -m tests.bench.load TARGET KIND MODEL CONCURRENCY SECONDS`; says "ready", begins when a line comes in, and
+prints one line of JSON. Kinds are METHOD[-ROWS] with METHOD `decode`, `sample` or `mix`, after `stream-` where requests
+share one Stream call. `mix` is `sample` with previews, guidance and client-driven loops taking turns with plain requests.
 """
 
 import asyncio
@@ -8,7 +10,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -20,33 +22,64 @@ from latentd.v1 import generation_service_pb2_grpc, model_pb2, model_service_pb2
 
 STEPS = (10, 25, 50)
 SAMPLERS = ("ddim", "ddpm", "dpmpp-2m", "euler", "dpmpp-2m-sde")
-WARM_UP = 5
+_WARM_UP = 5  # requests before the time is taken
 _REQUESTS = 510
 """Requests made beforehand, which take turns; a multiple of all that takes turns in them."""
 
 
-def decode_requests(model: model_pb2.Model, rows: int) -> list[pb.DecodeRequest]:
+def decode_requests(model: model_pb2.Model, rows: int) -> list[pb.StreamRequest]:
     """Latents for so many rows each; classes take turns where there are any."""
     latents = np.random.default_rng(0).standard_normal((_REQUESTS, rows, *model.latent_spec.shape), np.float32)
-    return [
-        pb.DecodeRequest(
-            model=model.name,
-            latents=tensor.encode(values),
-            condition=pb.Condition(class_label=index % len(model.class_names)) if model.class_names else None,
-        )
-        for index, values in enumerate(latents)
+    requests = [
+        pb.StreamRequest(decode=pb.DecodeRequest(model=model.name, latents=tensor.encode(values))) for values in latents
     ]
+    for index, request in enumerate(requests):
+        if model.class_names:
+            request.decode.condition.class_label = index % len(model.class_names)
+    return requests
 
 
-def sample_requests(model: model_pb2.Model, count: int) -> list[pb.SampleRequest]:
+def sample_requests(model: model_pb2.Model, count: int) -> list[pb.StreamRequest]:
     """So many samples each; of diffusion models step counts, samplers and classes take turns."""
-    requests = [pb.SampleRequest(model=model.name, seed=index, sample_count=count) for index in range(_REQUESTS)]
+    requests = [
+        pb.StreamRequest(sample=pb.SampleRequest(model=model.name, seed=index, sample_count=count))
+        for index in range(_REQUESTS)
+    ]
     for index, request in enumerate(requests):
         if model.HasField("diffusion"):
-            request.diffusion.step_count = STEPS[index % len(STEPS)]
-            request.diffusion.sampler = SAMPLERS[index % len(SAMPLERS)]
-            request.condition.class_label = index % len(model.class_names)
+            request.sample.diffusion.step_count = STEPS[index % len(STEPS)]
+            request.sample.diffusion.sampler = SAMPLERS[index % len(SAMPLERS)]
+            request.sample.condition.class_label = index % len(model.class_names)
     return requests
+
+
+def mixed_requests(model: model_pb2.Model, count: int) -> list[pb.StreamRequest]:
+    """As `sample_requests`, but of four requests one asks for previews, one for guidance, and one is a loop."""
+    requests = sample_requests(model, count)
+    for index, request in enumerate(requests):
+        kind = index // len(STEPS) % 4
+        if kind == 1:
+            request.sample.diffusion.preview_interval_steps = 2
+        elif kind == 2:
+            request.sample.diffusion.guidance_scale = 2.0
+        elif kind == 3:
+            request.sample.diffusion.sampler = "ddim"
+            opening = request.sample
+            requests[index] = pb.StreamRequest(open_denoise=opening)
+    return requests
+
+
+_KINDS: dict[str, Callable[[model_pb2.Model, int], list[pb.StreamRequest]]] = {
+    "decode": decode_requests,
+    "sample": sample_requests,
+    "mix": mixed_requests,
+}
+
+
+def step_count(request: pb.StreamRequest) -> int:
+    """Solver steps a request asks for; 0 where there are none."""
+    kind = request.WhichOneof("request") or ""
+    return int(getattr(request, kind).diffusion.step_count)
 
 
 class Multiplexed:
@@ -76,17 +109,26 @@ class Multiplexed:
         async for message in self._call:
             batched = message.WhichOneof("response") == "batch"
             for response in message.batch.responses if batched else (message,):
-                if response.WhichOneof("response") == "error":
+                kind = response.WhichOneof("response")
+                if kind == "error":
                     self._waiting.pop(response.id).set_exception(RuntimeError(response.error.message))
                 elif response.final:
                     self._waiting.pop(response.id).set_result(None)
+                elif kind == "loop":
+                    self._send(pb.StreamRequest(id=response.id, take_step=pb.TakeStep()))
 
-    async def ask(self, **request: Any) -> None:
-        """Send one request and wait for its final answer."""
+    def _send(self, request: pb.StreamRequest) -> None:
+        self._outgoing.append(request)
+        self._something.set()
+
+    async def ask(self, request: pb.StreamRequest) -> None:
+        """Send one request and wait for its final answer. Loops are driven a step at a time."""
         number = next(self._ids)
         future = self._waiting[number] = asyncio.get_running_loop().create_future()
-        self._outgoing.append(pb.StreamRequest(id=number, **request))
-        self._something.set()
+        mine = pb.StreamRequest()
+        mine.CopyFrom(request)
+        mine.id = number
+        self._send(mine)
         await future
 
     async def close(self) -> None:
@@ -96,54 +138,58 @@ class Multiplexed:
         await self._reader
 
 
+def _on_its_own(stub: Any) -> Callable[[pb.StreamRequest], Awaitable[None]]:
+    async def ask(request: pb.StreamRequest) -> None:
+        if request.HasField("decode"):
+            await stub.Decode(request.decode)
+        else:
+            async for _ in stub.Sample(request.sample):
+                pass
+
+    return ask
+
+
 async def load(target: str, kind: str, name: str, concurrency: int, seconds: float) -> dict[str, Any]:
-    """Drive one kind of load: [stream-]METHOD[-ROWS]."""
+    """Drive one kind of load and say what came of it."""
     options = [("grpc.max_receive_message_length", 64 << 20)]
     method, _, rows_text = kind.removeprefix("stream-").partition("-")
     rows = int(rows_text or 1)
     async with grpc.aio.insecure_channel(target, options=options) as channel:
         stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
-        model = await _model(channel, name)
-        requests: list[Any] = (decode_requests if method == "decode" else sample_requests)(model, rows)
+        requests = _KINDS[method](await _model(channel, name), rows)
         multiplexed = Multiplexed(stub) if kind.startswith("stream-") else None
-
-        async def ask(index: int) -> None:
-            request = requests[index % _REQUESTS]
-            if multiplexed is not None:
-                await multiplexed.ask(**{method: request})
-            elif method == "decode":
-                await stub.Decode(request)
-            else:
-                async for _ in stub.Sample(request):
-                    pass
-
-        latencies: list[float] = []
+        ask = _on_its_own(stub) if multiplexed is None else multiplexed.ask
         numbers = itertools.count()
-        for _ in range(WARM_UP):  # the connection is up and everything is warm
-            await ask(next(numbers))
+        for _ in range(_WARM_UP):  # the connection is up and everything is warm
+            await ask(requests[next(numbers) % _REQUESTS])
         print("ready", flush=True)
-        started = time.perf_counter()
+        await asyncio.to_thread(sys.stdin.readline)  # until told to begin
+        latencies: list[tuple[int, float]] = []  # by step count
+        started, before = time.perf_counter(), time.process_time()
 
         async def worker() -> None:
             while time.perf_counter() - started < seconds:
-                asked = time.perf_counter()
-                await ask(next(numbers))
-                latencies.append(time.perf_counter() - asked)
+                request, asked = requests[next(numbers) % _REQUESTS], time.perf_counter()
+                await ask(request)
+                latencies.append((step_count(request), time.perf_counter() - asked))
 
-        before = time.process_time()
         await asyncio.gather(*(worker() for _ in range(concurrency)))
-        elapsed = time.perf_counter() - started
-        spent = time.process_time() - before
+        elapsed, spent = time.perf_counter() - started, time.process_time() - before
         if multiplexed is not None:
             await multiplexed.close()
-    p50, p99 = np.percentile(latencies, [50, 99]) * 1e3
+    p50, p99 = np.percentile([latency for _, latency in latencies], [50, 99]) * 1e3
     return {
         "requests": len(latencies),
-        "rows_per_second": len(latencies) * rows / elapsed,
+        "seconds": elapsed,
         "rows": len(latencies) * rows,
+        "rows_per_second": len(latencies) * rows / elapsed,
         "client_cpu_us_per_request": spent / len(latencies) * 1e6,
         "p50_ms": p50,
         "p99_ms": p99,
+        "p50_ms_by_steps": {
+            steps: float(np.median([latency for own, latency in latencies if own == steps])) * 1e3
+            for steps in sorted({steps for steps, _ in latencies})
+        },
     }
 
 
