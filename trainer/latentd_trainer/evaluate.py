@@ -205,12 +205,17 @@ def _neighbourhoods(features: Floats, real: Real, seed: int) -> dict[str, float]
 
 
 def likelihood(graphs: Graphs, dataset: Dataset, seed: int) -> dict[str, float]:
-    """What the scorer and the encoder tell of the held-out images: bounds in nats an image, and the latents' KL."""
+    """What the scorer and the encoder tell of the held-out images: likelihoods or bounds in nats an image, the KL of
+    latents, how often the likeliest class is the right one, and what codes are like.
+    """
     generator = np.random.default_rng([seed, 2])
     given = _held_out(dataset.test, dataset.info.levels)
     found: dict[str, float] = {}
-    bound = Meaning.MEANING_EVIDENCE_LOWER_BOUND
-    if graphs.gives(Role.ROLE_SCORER, bound) and graphs.takes(Role.ROLE_SCORER, Source.SOURCE_NORMAL_NOISE):
+    bound, exact = Meaning.MEANING_EVIDENCE_LOWER_BOUND, Meaning.MEANING_LOG_LIKELIHOOD
+    noises = (Source.SOURCE_NORMAL_NOISE, Source.SOURCE_UNIFORM_NOISE)
+    if graphs.gives(Role.ROLE_SCORER, exact):
+        found["log-likelihood"] = float(_log_likelihood(graphs, given, generator).mean())
+    if graphs.gives(Role.ROLE_SCORER, bound) and any(graphs.takes(Role.ROLE_SCORER, noise) for noise in noises):
         weights = np.stack([graphs.run(Role.ROLE_SCORER, given, generator)[bound] for _ in range(BOUND_DRAWS)])
         found["elbo"] = float(weights.mean())
         found[f"iwae-{BOUND_DRAWS}"] = float(metrics.importance_weighted_bound(weights).mean())
@@ -223,6 +228,39 @@ def likelihood(graphs: Graphs, dataset: Dataset, seed: int) -> dict[str, float]:
         ).ravel()
         found |= {f"latent-kl-{index}": float(value) for index, value in enumerate(divergence)}
         found["smallest-latent-kl"] = float(divergence.min())
+    elif graphs.gives(Role.ROLE_ENCODER, Meaning.MEANING_LATENT_MEAN):
+        found |= _codes(graphs, given, generator)
+    if graphs.gives(Role.ROLE_ENCODER, Meaning.MEANING_CLASS_PROBABILITY):
+        classes = graphs.run(Role.ROLE_ENCODER, given, generator)[Meaning.MEANING_CLASS_PROBABILITY]
+        found["accuracy"] = metrics.agreement(classes.argmax(1), given[Source.SOURCE_CLASS_LABEL])
+    return found
+
+
+def _log_likelihood(graphs: Graphs, given: Given, generator: np.random.Generator) -> NDArray[np.float64]:
+    """Exact ln p(x) of each image in nats, [n]: over all classes, where the scorer takes one."""
+    exact = Meaning.MEANING_LOG_LIKELIHOOD
+    if not graphs.takes(Role.ROLE_SCORER, Source.SOURCE_CLASS_LABEL):
+        return graphs.run(Role.ROLE_SCORER, given, generator)[exact].astype(np.float64)
+    model = graphs.bundle.model
+    probabilities = model.class_probabilities or [1 / len(model.class_names)] * len(model.class_names)
+    each = []
+    for label, probability in enumerate(probabilities):
+        labelled = {**given, Source.SOURCE_CLASS_LABEL: np.full_like(given[Source.SOURCE_CLASS_LABEL], label)}
+        each.append(graphs.run(Role.ROLE_SCORER, labelled, generator)[exact] + np.log(probability))
+    total: NDArray[np.float64] = np.logaddexp.reduce(each, axis=0, dtype=np.float64)
+    return total
+
+
+def _codes(graphs: Graphs, given: Given, generator: np.random.Generator) -> dict[str, float]:
+    """How well the encoder's codes keep the images, and, where codes are from 0 to 1, how nearly they are free bits."""
+    codes = graphs.run(Role.ROLE_ENCODER, given, generator)[Meaning.MEANING_LATENT_MEAN]
+    decoded = graphs.run(Role.ROLE_DECODER, {**given, Source.SOURCE_LATENT: codes}, generator)
+    error = np.square(decoded[Meaning.MEANING_SAMPLE] - given[Source.SOURCE_SAMPLE])
+    found = {"reconstruction-error": float(error.mean(dtype=np.float64))}
+    if graphs.bundle.model.latent_spec.max_value == 1:
+        flat = codes.reshape(len(codes), -1)
+        found["code-mutual-information"] = metrics.pairwise_mutual_information(flat > 0.5)
+        found["near-binary-share"] = metrics.near_binary_share(flat)
     return found
 
 

@@ -128,6 +128,34 @@ def importance_weighted_bound(log_weights: Floats) -> NDArray[np.float64]:
     return bound
 
 
+def pairwise_mutual_information(units: NDArray[np.bool_]) -> float:
+    """Mutual information of two binary units in nats, averaged over all pairs of [n, units]; 0 for a factorial code.
+
+    From counts, which alone would give 1 / 2n for independent units: that is taken off (Miller, Note on the bias of
+    information estimates, 1955). So it may come out a little below 0.
+
+    Raises:
+        ValueError: fewer than two units.
+    """
+    count, width = units.shape
+    if width < 2:
+        raise ValueError(f"needs two units, got {width}")
+    states = np.stack([~units, units]).astype(np.float64)  # [2, n, units]
+    joint = np.einsum("ank,bnl->abkl", states, states) / count
+    marginal = states.mean(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = joint * np.log(joint / (marginal[:, None, :, None] * marginal[None, :, None, :]))
+    information = np.where(joint > 0, terms, 0.0).sum(axis=(0, 1))
+    each: NDArray[np.float64] = information[np.triu_indices(width, 1)]
+    return float(each.mean()) - 1 / (2 * count)
+
+
+def near_binary_share(codes: Floats, margin: float = 0.1) -> float:
+    """Share of the elements of codes in 0 to 1 that lie within `margin` of 0 or of 1."""
+    near: NDArray[np.bool_] = np.minimum(codes, 1 - codes) < margin
+    return float(near.mean())
+
+
 def normal_divergence(mean: Floats, log_variance: Floats) -> NDArray[np.float64]:
     """Average over rows of KL(N(mean, exp(log_variance)) || N(0, 1)) in nats, [n, *latent] to [*latent].
 

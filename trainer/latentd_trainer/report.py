@@ -29,6 +29,7 @@ _COLUMNS = {
     "histogram-distance": "class histogram distance",
     "neighbour-ratio": "nearest-neighbour ratio",
 }
+_UNASKED = " of the real images, while samples, for which no class can be asked, come as they are drawn"
 _SHOWN_CLASSES = 16
 _SHOWN_EACH = 8
 _WIDTH = 1400  # pixels
@@ -76,12 +77,14 @@ def markdown(model: model_pb2.Model, drawn: Sequence[Samples], real: Mapping[str
         f"# {model.name}",
         f"{model.card.description} Trained on {model.card.dataset}; digest `{model.digest}`.",
         f"![Samples]({PICTURE_FILE})",
-        f"One row for each class; from left to right: {columns}.",
+        f"One row for each class{_UNASKED * (not model.class_names)}; from left to right: {columns}.",
         "## Samples",
         _METHOD,
         _table(["", *_COLUMNS.values()], rows),
         "## Other figures",
-        "Bounds are in nats an image, of held-out images given their labels; KL in nats a latent dimension.",
+        "Bounds are in nats an image, of held-out images given their labels where the model takes them; the exact "
+        "log-likelihood is over all classes; KL is in nats a latent dimension, mutual information in nats a pair of "
+        "units.",
         _table(["metric", "value"], others),
     ]
     if bars:

@@ -49,6 +49,11 @@ def versions() -> dict[str, str]:
     return {"latentd": latentd.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
+def step_seed(seed: int, step: int) -> int:
+    """What seeds the generator of a step (`Moment`) in a run with this seed."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
+
+
 def choose_device(name: str, precision: str, rank: int = 0) -> torch.device:
     """The device to train on.
 
@@ -171,8 +176,7 @@ class _Loop:
         return Batch(self.shard.rows(images).to(self.device), self.shard.rows(labels).to(self.device))
 
     def _moment(self, step: int) -> Moment:
-        state = np.random.SeedSequence((self.record.seed, step)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0]))
+        generator = torch.Generator().manual_seed(step_seed(self.record.seed, step))
         arithmetic = partial(autocast, self.device, self.record.precision)
         return Moment(step, self.step_count, generator, self.shard, arithmetic)
 
