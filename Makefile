@@ -12,10 +12,10 @@ DEV = .venv/.installed
 SERVER = .venv-server/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint protos demo serve bench soak clean
+.PHONY: help setup test lint protos demo serve bench bench-gpu soak clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(DEV) $(SERVER) ## Make the environments .venv (everything) and .venv-server (the server and latentctl, no torch)
 
@@ -43,6 +43,9 @@ serve: $(DEV) ## Serve the bundles in models/ on 127.0.0.1:8500
 
 bench: $(DEV) ## Compare served samples/s with a bare ONNX Runtime loop on the same cores
 	.venv/bin/python -m tests.bench
+
+bench-gpu: $(DEV) ## Compare the engine with PyTorch on a GPU, with a network of CIFAR-10's size
+	.venv/bin/python -m tests.bench.gpu
 
 soak: $(DEV) $(SERVER) ## Run the long tests
 	.venv/bin/pytest -m soak $(ARGS)
