@@ -24,6 +24,7 @@ from tests.bench.load import STEPS
 from tests.bench.served import Server, drive, server
 
 VAE, DIFFUSION = "digits-vae", "digits-diffusion"
+DEFAULT_ROWS = 32
 
 
 class Cell(NamedTuple):
@@ -32,9 +33,11 @@ class Cell(NamedTuple):
     kind: str
     model: str
     in_flight: int
+    max_rows: int = 32  # of a batch; the server's default unless it says otherwise
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.model}:{self.in_flight}"
+        wide = "" if self.max_rows == DEFAULT_ROWS else f":{self.max_rows}"
+        return f"{self.kind}:{self.model}:{self.in_flight}{wide}"
 
 
 CELLS = (
@@ -42,11 +45,13 @@ CELLS = (
     Cell("stream-decode", bundles.TINY_VAE, 1),
     Cell("stream-decode", bundles.TINY_VAE, 32),
     Cell("sample-256", bundles.TINY_VAE, 1),
+    Cell("sample-256", bundles.TINY_VAE, 1, 256),
     Cell("decode-16", bundles.GENERATOR, 32),
     Cell("stream-decode-16", bundles.GENERATOR, 32),
     Cell("decode", VAE, 32),
     Cell("stream-decode", VAE, 32),
     Cell("sample-256", VAE, 1),
+    Cell("sample-256", VAE, 1, 256),
     Cell("sample", DIFFUSION, 32),
     Cell("stream-sample", DIFFUSION, 1),
     Cell("stream-sample", DIFFUSION, 8),
@@ -54,7 +59,6 @@ CELLS = (
     Cell("stream-mix", DIFFUSION, 32),
 )
 _IDLE_S = 2.0
-_MAX_ROWS = 32  # of a batch, the server's default
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -92,18 +96,18 @@ def yardsticks(models: Path, names: set[str], threads: int, seconds: float) -> d
 def run(to: Server, cells: list[Cell], rates: dict[str, bare.Rate], seconds: float) -> list[dict[str, Any]]:
     """Every load, a line each."""
     print(
-        f"\n{'load':<18}{'model':<18}{'in flight':>10}{'samples/s':>11}{'of bare':>9}{'per CPU s':>11}"
+        f"{'load':<18}{'model':<18}{'in flight':>10}{'samples/s':>11}{'of bare':>9}{'per CPU s':>11}"
         f"{'CPU us/req':>12}{'rows':>6}{'fill':>6}{'p50 ms':>9}"
     )
     measured = []
     for cell in cells:
         found = drive(to, cell.kind, cell.model, cell.in_flight, seconds)
         rate = rates[cell.model]
-        found |= {"load": cell.kind, "model": cell.model, "in_flight": cell.in_flight}
+        found |= {"load": cell.kind, "model": cell.model, "in_flight": cell.in_flight, "max_rows": cell.max_rows}
         found["ratio"] = found["rows_per_second"] / rate.per_second
         found["cpu_ratio"] = found["rows_per_server_cpu_second"] / rate.per_cpu_second
         lanes = cell.in_flight * found["rows"] // found["requests"]
-        found["fill"] = found["mean_batch_rows"] / min(lanes, _MAX_ROWS)
+        found["fill"] = found["mean_batch_rows"] / min(lanes, cell.max_rows)
         measured.append(found)
         print(
             f"{cell.kind:<18}{cell.model:<18}{cell.in_flight:>10}{found['rows_per_second']:>11,.0f}"
@@ -116,11 +120,11 @@ def run(to: Server, cells: list[Cell], rates: dict[str, bare.Rate], seconds: flo
 
 def compare_latencies(measured: list[dict[str, Any]], models: Path, threads: int, seconds: float) -> dict[str, Any]:
     """Latencies by step count of the diffusion mix, against batches that are held until their longest walk is done."""
-    held = bare.held_to_longest(models / DIFFUSION / "1", STEPS, _MAX_ROWS, threads, seconds)
+    held = bare.held_to_longest(models / DIFFUSION / "1", STEPS, DEFAULT_ROWS, threads, seconds)
     found: dict[str, Any] = {"held_to_longest_ms": held}
     print(f"\nmedian latency by step count, 32 in flight; batches held to their longest walk: {_by_steps(held)}")
     for cell in measured:
-        if cell["model"] == DIFFUSION and cell["in_flight"] == _MAX_ROWS:
+        if cell["model"] == DIFFUSION and cell["in_flight"] == DEFAULT_ROWS:
             ratio = cell["p50_ms_by_steps"][str(STEPS[0])] / held[STEPS[0]]
             found[cell["load"]] = {"p50_ms_by_steps": cell["p50_ms_by_steps"], "ratio_of_shortest": ratio}
             text = _by_steps({int(steps): each for steps, each in cell["p50_ms_by_steps"].items()})
@@ -142,7 +146,7 @@ def rest(to: Server) -> dict[str, float]:
         "idle_cpu_share": (to.cpu_s - before) / _IDLE_S,
     }
     print(
-        f"\nserving {idle['start_up_s']:.2f} s after its start; {idle['resident_mib']:.0f} MiB resident; "
+        f"serving {idle['start_up_s']:.2f} s after its start; {idle['resident_mib']:.0f} MiB resident; "
         f"idle it takes {idle['idle_cpu_share']:.1%} of a core"
     )
     return idle
@@ -161,7 +165,7 @@ def main() -> int:
         nargs="+",
         choices=known,
         default=list(known),
-        metavar="LOAD:MODEL:IN_FLIGHT",
+        metavar="LOAD:MODEL:IN_FLIGHT[:MAX_ROWS]",
         help="which to run; all by default",
     )
     options = parser.parse_args()
@@ -180,11 +184,16 @@ def main() -> int:
         for name in trained:
             (models / name).symlink_to((options.models / name).resolve())
         rates = yardsticks(models, {cell.model for cell in cells}, options.threads, 3 * options.seconds)
-        with server(models, options.threads) as to:
-            report["rest"] = rest(to)
-            report["cells"] = run(to, cells, rates, options.seconds)
+        report["cells"] = []
+        for max_rows in sorted({cell.max_rows for cell in cells}):
+            with server(models, options.threads, "--max-batch-rows", str(max_rows)) as to:
+                print(f"\nbatches of up to {max_rows} rows")
+                if max_rows == DEFAULT_ROWS:
+                    report["rest"] = rest(to)
+                own = [cell for cell in cells if cell.max_rows == max_rows]
+                report["cells"] += run(to, own, rates, options.seconds)
         report["bare"] = {name: asdict(rate) for name, rate in rates.items()}
-        if any(cell.model == DIFFUSION and cell.in_flight == _MAX_ROWS for cell in cells):
+        if any(cell.model == DIFFUSION and cell.in_flight == DEFAULT_ROWS for cell in cells):
             report["latency"] = compare_latencies(report["cells"], models, options.threads, options.seconds)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
