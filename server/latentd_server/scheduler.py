@@ -24,6 +24,7 @@ import heapq
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import TypeAlias
 
 from latentd.v1 import bundle_pb2
@@ -35,6 +36,7 @@ from latentd_server.priority import Priority
 GraphKey: TypeAlias = "tuple[str, bundle_pb2.Network.Role.ValueType]"
 """Canonical model name and `Network.Role`: what a batch is of."""
 
+_served = attrgetter("served")
 _STALE_DEADLINES = 1000
 """How many deadlines of jobs that are gone may be kept, beyond as many as there are jobs."""
 
@@ -385,7 +387,7 @@ class Scheduler:
         if len(flow.ready) == 1:
             return self._board(next(iter(flow.ready.values())), rows, segments, strictly=strictly)
         # More callers than rows cannot ride; whose clock is behind goes first.
-        callers = heapq.nsmallest(rows + 1, flow.ready.values(), key=lambda caller: caller.served)
+        callers = heapq.nsmallest(rows + 1, flow.ready.values(), key=_served)
         wanted = [caller.wanted(rows + 1) for caller in callers]
         if sum(wanted) <= rows:
             taken = sum(self._board(caller, rows, segments)[0] for caller in callers)
@@ -400,7 +402,7 @@ class Scheduler:
                 taken, paid[index] = self._board(callers[index], share, segments, strictly=True)
                 left -= taken
         first_round = rows - left
-        for passing_over in () if strictly else (False, True):
+        for passing_over in () if strictly or not left else (False, True):
             for index, caller in enumerate(callers):
                 if left and caller.ready:
                     taken, charge = self._board(caller, left, segments, strictly=not passing_over)

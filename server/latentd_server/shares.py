@@ -5,6 +5,7 @@ weight is keeping the clocks together (start-time fair queueing: Goyal, Vin and 
 is into vessels as wide as the weights: to those whose clock is behind first, and to nobody more than it wants.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -26,8 +27,8 @@ class Claim(NamedTuple):
 
 def level(rows: float, claims: Sequence[Claim]) -> float:
     """The clock that everybody reaches who wants more, if rows are divisible."""
-    edges = [(claim.served, claim.weight) for claim in claims]
-    edges += [(claim.served + claim.wanted / claim.weight, -claim.weight) for claim in claims]
+    edges = [(served, weight) for served, weight, _ in claims]
+    edges += [(served + wanted / weight, -weight) for served, weight, wanted in claims]
     edges.sort()
     clock, width, left = edges[0][0], 0.0, float(rows)
     for point, change in edges:
@@ -45,14 +46,19 @@ def divide(rows: int, claims: Sequence[Claim]) -> list[int]:
 
     Clocks of those who want more end together, up to one row; of what does not divide, who is behind gets the first.
     """
-    reached = level(rows, claims)
-    given = [max(0, int(min(c.wanted, (reached - c.served) * c.weight + 1e-9))) for c in claims]
+    reached = level(rows, claims) + 1e-9
+    given = [
+        int(min(wanted, (reached - served) * weight)) if reached > served else 0 for served, weight, wanted in claims
+    ]
     left = rows - sum(given)
     if left > 0:
-        hungry = [i for i, claim in enumerate(claims) if given[i] < claim.wanted]
-        hungry.sort(key=lambda i: claims[i].served + given[i] / claims[i].weight)
-        for i in hungry[:left]:
-            given[i] += 1
+        clocks = sorted(
+            (served + got / weight, index)
+            for index, ((served, weight, wanted), got) in enumerate(zip(claims, given, strict=True))
+            if got < wanted
+        )
+        for _, index in clocks[:left]:
+            given[index] += 1
     return given
 
 
@@ -61,11 +67,15 @@ def settle(clocks: Sequence[Clock], wanted: Sequence[int], taken: Sequence[int],
 
     Who got all that it wanted keeps no claim to the rest of its share: its clock is put where the hungry stand.
     """
-    for clock, rows in zip(clocks, taken, strict=True):
-        clock.served += rows / clock.weight
-    hungry = [clock.served for clock, most, rows in zip(clocks, wanted, taken, strict=True) if rows < most]
-    if hungry:
-        level = max(level, min(hungry))
+    hungry = math.inf
+    for clock, most, rows in zip(clocks, wanted, taken, strict=True):
+        if rows:
+            clock.served += rows / clock.weight
+        if rows < most and clock.served < hungry:
+            hungry = clock.served
+    if hungry < math.inf:
+        level = max(level, hungry)
         for clock in clocks:
-            clock.served = max(clock.served, level)
+            if clock.served < level:
+                clock.served = level
     return level
