@@ -101,7 +101,7 @@ class CallRunner:
                 frame = self._frame(size)
                 frame.feeds.up()
                 try:
-                    frame.bound(size).run(number)
+                    frame.bound(size).record(number)
                 except Exception as error:
                     log.warning("no CUDA graph for calls of %d rows, kernels are launched one by one: %s", size, error)
                 else:

@@ -249,13 +249,17 @@ class BoundGraph:
             self._kept[value] = memory
 
     def run(self, capture: int = NO_CAPTURE) -> None:
-        """Evaluate once; blocks, releasing the interpreter lock.
-
-        With `capture`, the call is recorded as CUDA graph of that number where it has not been, and replayed where it
-        has. ONNX Runtime records in the third of three runs that it makes in one go, so the run that records must not
-        update any state that matters.
-        """
+        """Evaluate once, or replay the CUDA graph of this number; blocks, releasing the interpreter lock."""
         self._session.run_with_iobinding(self._binding, self._options(capture))
+
+    def record(self, capture: int) -> None:
+        """Record the call as CUDA graph of this number.
+
+        It is made several times over, twice here to have all memory allocated and three times by ONNX Runtime
+        (its issue 32243), so it must not update any state that matters.
+        """
+        for number in (NO_CAPTURE, NO_CAPTURE, capture):
+            self.run(number)
 
 
 class CompiledGraph:

@@ -357,7 +357,7 @@ class StepRunner:
             frame = self._new_frame(size)
             _upload(frame, held)
             try:
-                frame.bound(size, self._pool.memory).run(number)
+                frame.bound(size, self._pool.memory).record(number)
             except Exception as error:
                 log.warning("no CUDA graph for calls of %d rows, kernels are launched one by one: %s", size, error)
             else:
