@@ -7,6 +7,7 @@ server, every model and every caller have a bound. A deadline is refused at once
 * among others, by typical calls, as `scheduler.py` shares: behind the caller's own work, beside everybody else's.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from latentd_server.step_costs import WINDOW_S, Decaying, DrainRates, StepCosts
 
 _MARGIN = 1.1
 """Of an estimate among others, since a job at the very edge of its deadline misses it every other time."""
+_PLENTY = 4
+"""So many times as long as everything outstanding takes is time enough for anybody; no more is asked then."""
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S, _UNKNOWN_RETRY_S = 0.05, 30.0, 1.0
 _LOOKED_AT = 256
 """Callers of a flow that an estimate looks at; the rest are taken to be like them."""
@@ -233,6 +236,10 @@ class Admission:
         if costs is None or not costs.is_fresh(now_s):
             return
         steps, rows = _steps(job), job.lane_count * job.rows_per_lane
+        rate = self._rates.per_s()
+        last_s = (self.backlog + rows * steps) / rate + steps * costs.typical(self._max_rows) if rate else math.inf
+        if _PLENTY * last_s <= left_s:
+            return
         batches = max(steps, -(-rows * steps // self._max_rows))
         alone_s = batches * costs.least(min(rows, self._max_rows), now_s)
         if alone_s > left_s:
