@@ -89,9 +89,7 @@ def _parts(folder: Path) -> dict[str, str]:
         if part in _AUTOENCODER_PARTS and kind not in _AUTOENCODERS:
             problems.append(f"{part}: must be one of {', '.join(_AUTOENCODERS)}, is {kind}")
         elif part not in ("unet", "scheduler", *_AUTOENCODER_PARTS):
-            problems.append(
-                f"{part}: {kind} has no place in what can be served: a UNet2DModel, a scheduler, an autoencoder"
-            )
+            problems.append(f"{part}: {kind} cannot be served; a UNet2DModel, a scheduler and an autoencoder can")
     if problems:
         raise ImportingError("\n".join(f"{path.name}: {problem}" for problem in problems))
     return parts
@@ -118,9 +116,7 @@ def _unet(folder: Path, parts: dict[str, str]) -> Any:
             "without learned variances"
         )
     if config.time_embedding_type == "fourier":
-        problems.append(
-            "is told noise levels, not timesteps (fourier time embedding); only models of timesteps are served"
-        )
+        problems.append("is told noise levels (fourier time embedding); it must be told timesteps")
     if config.class_embed_type is not None:
         problems.append(f"class_embed_type {config.class_embed_type!r}: must be absent, for classes by number")
     if problems:
@@ -142,9 +138,7 @@ def _class_names(unet: Any, wishes: Wishes) -> tuple[str, ...]:
     rows, none = unet.config.num_class_embeds or 0, wishes.unconditional_class
     problems = []
     if none is not None and not 0 <= none < rows:
-        problems.append(
-            f"the unconditional class must be one of the network's {rows} classes, 0 to {rows - 1}; got {none}"
-        )
+        problems.append(f"the unconditional class must be one of the network's {rows} classes, from 0; got {none}")
     count = rows - (none is not None)
     if wishes.class_names and len(wishes.class_names) != count:
         problems.append(f"{len(wishes.class_names)} class names for {count} classes")
