@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import random
 import subprocess
 import sys
@@ -27,8 +26,8 @@ from latentd.names import CALLER_KEY
 from latentd.v1 import generation_service_pb2 as pb
 from latentd.v1 import generation_service_pb2_grpc
 
-from tests.bench.__main__ import server
 from tests.bench.load import SAMPLERS, STEPS
+from tests.bench.served import server
 
 MODEL = "digits-diffusion"
 IN_FLIGHT = 64
@@ -162,14 +161,13 @@ def main() -> int:
     if not (options.models / MODEL).exists():
         print(f"no {MODEL} in {options.models}; `make demo` trains it", file=sys.stderr)
         return 2
-    with server(options.models, 1) as (address, _):
-        peak = cell(address, 0.0, options.seconds, None)["evaluations_per_s"]
+    with server(options.models, 1) as running:
+        peak = cell(running.address, 0.0, options.seconds, None)["evaluations_per_s"]
         per_s = options.factor * peak / (sum(STEPS) / len(STEPS))
         print(f"peak {peak:,.0f} evaluations/s, closed loop of {IN_FLIGHT}; offered {per_s:,.0f} requests/s")
-        _print(f"{options.timeout:g} s each", cell(address, per_s, options.seconds, options.timeout), peak)
-    os.environ["LATENTD_MAX_BACKLOG"] = str(round(BACKLOG_S * peak))
-    with server(options.models, 1) as (address, _):
-        _print(f"no deadline, a backlog of {BACKLOG_S:g} s", cell(address, per_s, options.seconds, None), peak)
+        _print(f"{options.timeout:g} s each", cell(running.address, per_s, options.seconds, options.timeout), peak)
+    with server(options.models, 1, "--max-backlog", str(round(BACKLOG_S * peak))) as running:
+        _print(f"no deadline, a backlog of {BACKLOG_S:g} s", cell(running.address, per_s, options.seconds, None), peak)
     return 0
 
 
