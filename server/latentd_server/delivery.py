@@ -31,6 +31,8 @@ class Timer(Protocol):
 CallLater = Callable[[float, Callable[[], None]], Timer]
 """As the event loop's `call_later`."""
 
+MESSAGE_BYTES = 2048
+"""What a message takes in memory beside its payload, about; of small samples it is most of what waits."""
 _PACK_BYTES = 2**20
 _PACK_MESSAGES = 256
 """How much is packed into one message, about: enough to share its cost, and little to wait for."""

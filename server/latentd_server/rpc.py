@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from latentd.v1 import generation_service_pb2, generation_service_pb2_grpc
 
 from latentd_server.accounts import Account
-from latentd_server.delivery import Outbox
+from latentd_server.delivery import MESSAGE_BYTES, Outbox
 from latentd_server.exchange import Door, Fill, SampleExchange, SingleExchange
 from latentd_server.failures import DrainingError
 from latentd_server.handling import Context, Tally, echo, guarded, peer_of
@@ -179,7 +179,7 @@ class _OutboxReply:
 
     def send(self, response: Message, size: int, *, final: bool) -> None:
         """Add a message."""
-        self._outbox.put(response, size)
+        self._outbox.put(response, size + MESSAGE_BYTES)
         if final:
             self._outbox.close()
 

@@ -22,7 +22,7 @@ from latentd.v1 import generation_service_pb2 as pb
 
 from latentd_server import errors
 from latentd_server.accounts import Peer
-from latentd_server.delivery import Outbox, Source
+from latentd_server.delivery import MESSAGE_BYTES, Outbox, Source
 from latentd_server.exchange import Door, Exchange, Fill, LoopExchange, SampleExchange, SingleExchange
 from latentd_server.failures import (
     CancelledError,
@@ -87,7 +87,7 @@ class Session:
 
     def put(self, response: pb.StreamResponse, size: int) -> None:
         """Send a message."""
-        self._outbox.put(response, size)
+        self._outbox.put(response, size + MESSAGE_BYTES)
 
     def put_source(self, source: Source) -> None:
         """Send messages that are made when it is their turn."""

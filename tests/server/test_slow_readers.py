@@ -26,7 +26,7 @@ SMALL_WINDOW = [("grpc.http2.bdp_probe", 0)]
 
 @pytest.fixture
 def outbox_bytes() -> int:
-    return 4096
+    return 2**16
 
 
 @pytest.fixture

@@ -18,12 +18,16 @@ class Wire:
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._server = socket.create_connection((host, int(port)))
         self._client: socket.socket | None = None
+        self._is_cut = False
         self._threads = [threading.Thread(target=self._serve, daemon=True)]
         self._threads[0].start()
 
     def _serve(self) -> None:
-        with contextlib.suppress(OSError):  # reset before a client came
+        with contextlib.suppress(OSError):  # cut before a client came
             self._client, _ = self._listener.accept()
+            if self._is_cut:
+                self._client.close()
+                return
             back = threading.Thread(target=self._relay, args=(self._server, self._client), daemon=True)
             self._threads.append(back)
             back.start()
@@ -36,6 +40,7 @@ class Wire:
 
     def reset(self) -> None:
         """Cut it, as a firewall does or a host that went down: both sides hear RST, and nobody answers any more."""
+        self._is_cut = True
         self._listener.close()
         for side in (self._server, self._client):
             if side is not None:
