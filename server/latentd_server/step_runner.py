@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from latentd_server import step_graph
 from latentd_server.certificate import Buckets
-from latentd_server.draws import Draws
+from latentd_server.draws import Draws, StepNoise, draw_steps
 from latentd_server.job import StepJob
 from latentd_server.noise import Purpose, word
 from latentd_server.runners import Outcome
@@ -26,7 +26,7 @@ from latentd_server.state_pool import Slots, StatePool
 log = logging.getLogger(__name__)
 
 _F32, _I64 = np.dtype(np.float32), np.dtype(np.int64)
-_START, _STEP = word(Purpose.START), word(Purpose.STEP)
+_START = word(Purpose.START)
 _UNDER_WAY = Outcome()
 _OUTPUTS = {"x": "sample", "h": "history", "x0": "denoised", "eps": "noise"}
 """What finished lanes' rows are called."""
@@ -40,6 +40,16 @@ class _Walk:
     slots: list[int]  # by lane; -1: none yet, or no more
     labels: list[int]
     samples: list[int]
+    noise: dict[int, StepNoise] = field(default_factory=dict)  # by lane, of those that ever wanted any
+
+    def noise_of(self, lane: int) -> StepNoise:
+        """The step noise of a lane."""
+        found = self.noise.get(lane)
+        if found is None:
+            job = self.job
+            found = StepNoise(job.seed, self.samples[lane], job.first_step_index, len(job.tables[0].timesteps))
+            self.noise[lane] = found
+        return found
 
 
 class _Frame:
@@ -107,13 +117,15 @@ class _Frame:
             rows["label"][second] = -1
         self.guided = bool(guided)
 
-    def scatter_noise(self, noisy: list[int], values: NDArray[np.float32]) -> None:
-        """Write the step noise of these rows; all others are +0, for the sign of a zero shows in a sum of zeros."""
+    def scatter_noise(self, noisy: list[int], values: Sequence[NDArray[np.float32]]) -> None:
+        """Write the step noise of these rows, [size] f32 each. All others are +0, for the sign of a zero shows in a
+        sum of zeros.
+        """
         z = self.noise.arrays["z"].reshape(self.capacity, -1)
         if self.noisy:
             z[self.noisy] = 0
-        if noisy:
-            z[noisy] = values
+        for row, value in zip(noisy, values, strict=True):
+            z[row] = value
         self.noisy = noisy
 
 
@@ -218,6 +230,7 @@ class StepRunner:
         coefficients: list[Array] = []
         guided: list[tuple[int, int, float]] = []
         noisy: list[int] = []  # lanes of the call
+        noises: list[tuple[StepNoise, int]] = []  # theirs, and at which evaluation
         starts: list[tuple[_Walk, slice]] = []
         endings: list[_Ending] = []
         reads: dict[str, list[int]] = {}
@@ -239,7 +252,7 @@ class StepRunner:
                 timesteps.append(table.timesteps[position])
                 if table.stochastic[position]:
                     noisy.append(lane + index)
-                    draws.want(_STEP, job.seed, [walk.samples[first + index]], [job.first_step_index + position])
+                    noises.append((walk.noise_of(first + index), position))
             if job.rows_per_lane == 2:
                 guided.append((lane, count, job.guidance_scale))
             if wanted := _wanted(job, position):
@@ -263,12 +276,12 @@ class StepRunner:
         table_rows[lane:size] = 0
         frame.pair_up(guided, lane)
         scales = _ask_for_starts(starts, draws)
-        values = draws.draw(self._elements) if len(draws) else np.empty((0, self._elements), np.float32)
-        frame.scatter_noise(noisy, values[: len(noisy)])
+        begun = draw_steps(noises, draws, self._elements)
+        frame.scatter_noise(noisy, [noise.at(position) for noise, position in noises])
         prepared = PreparedSteps(size, frame, self._slots.count, len(segments), endings, reads)
         if starts:
             prepared.start_slots = [slot for walk, lanes in starts for slot in walk.slots[lanes]]
-            prepared.start_x, prepared.start_h = self._starts(starts, scales, values[len(noisy) :])
+            prepared.start_x, prepared.start_h = self._starts(starts, scales, begun)
         return prepared
 
     def _board(self, job_id: int, job: object) -> _Walk:
