@@ -1,8 +1,8 @@
 """Load from a process of its own: a closed loop of so many requests in flight, over one connection.
 
-Run as `python -m tests.bench.load TARGET KIND MODEL CONCURRENCY SECONDS`; says "ready", begins when a line comes in,
-and prints one line of JSON. Kinds are METHOD[-ROWS] with METHOD `decode`, `sample` or `mix`, after `stream-` where requests
-share one Stream call. `mix` is `sample`, with previews, guidance and client-driven loops in turn with plain requests.
+Run as `python -m tests.bench.load TARGET KIND MODEL CONCURRENCY SECONDS`. It says "ready", begins when a line comes in,
+and prints one line of JSON. Kinds are METHOD[-ROWS] with METHOD `decode`, `sample` or `mix`, after `stream-` where
+requests share one Stream call. `mix` is `sample` with previews, guidance and client-driven loops among plain requests.
 """
 
 import asyncio
