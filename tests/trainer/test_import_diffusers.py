@@ -4,6 +4,7 @@ That what is served is what diffusers draws is shown in tests/system/test_import
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from diffusers import (
 from latentd.v1 import model_pb2
 from latentd_server import bundle as server_bundle
 from latentd_trainer import bundle as bundles
-from latentd_trainer import cli
+from latentd_trainer import cli, importers
 from latentd_trainer.bundle import BundleError
 from latentd_trainer.importers import ImportingError, diffusers_folder, diffusers_schedulers, noise_schedules
 from latentd_trainer.importers.diffusers_folder import Wishes
@@ -297,6 +298,16 @@ def test_noise_alone_says_nothing_to_a_network_of_eps(tmp_path: Path) -> None:
     scheduler = DDIMScheduler(num_train_timesteps=20, rescale_betas_zero_snr=True)
     with pytest.raises(BundleError, match="the last may be 0 unless eps is predicted"):
         imported(tmp_path, DDPMPipeline(unet(), scheduler))
+
+
+def test_without_diffusers_the_command_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the extra is not installed the command names it."""
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for name in ("diffusers_folder", "diffusers_schedulers"):
+        monkeypatch.delitem(sys.modules, f"latentd_trainer.importers.{name}")
+        monkeypatch.delattr(importers, name)
+    done = CliRunner().invoke(cli.app, ["import", "diffusers", ".", "--name", "own"])
+    assert (done.exit_code, done.stderr) == (2, "latentd-train: needs diffusers: pip install 'latentd[diffusers]'\n")
 
 
 def test_the_command_prints_bundles_and_notes(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from google.protobuf.json_format import MessageToDict
 from latentd.v1 import model_pb2
 from latentd_server import bundle as server_bundle
 from latentd_trainer import bundle as bundles
-from latentd_trainer import cli, verify
+from latentd_trainer import cli, parity, verify
 from latentd_trainer.bundle import BundleError
-from latentd_trainer.importers import ImportingError
+from latentd_trainer.importers import ImportingError, onnx_files
 from latentd_trainer.importers.described import import_onnx
+from latentd_trainer.onnx_graph import GraphError
 from onnx import numpy_helper
 from typer.testing import CliRunner
 
@@ -358,6 +359,16 @@ def test_a_denoiser_must_be_new_enough_for_the_step(folder: Path) -> None:
     """The sampler's update is written in opset 18, so an older denoiser is refused though others may be older."""
     save(folder, "denoiser", DENOISER.replace('"": 18', '"": 17'))
     assert "is written in opset 17; a denoiser must be in 18 to 26" in refusal(folder, DIFFUSION)
+
+
+def test_the_newest_opset_is_the_runtime_s(folder: Path) -> None:
+    """The installed ONNX Runtime takes the newest opset that is allowed, and not the one after it."""
+    newest = onnx_files.NEWEST_OPSET
+    save(folder, "decoder", DECODER.replace('"": 18', f'"": {newest}'))
+    assert run(folder, GAN).is_dir()
+    save(folder, "decoder", DECODER.replace('"": 18', f'"": {newest + 1}'))
+    with pytest.raises(GraphError, match="ONNX Runtime refuses the graph"):
+        parity.open_session((folder / "decoder.onnx").read_bytes())
 
 
 def test_a_file_that_is_no_graph_is_refused(folder: Path) -> None:

@@ -64,7 +64,12 @@ def import_diffusers(
     license_: Annotated[str, typer.Option("--license", help="SPDX identifier of the licence.")] = "NOASSERTION",
 ) -> None:
     """Import a diffusers pipeline. A UNet2DModel, its scheduler and an autoencoder, see docs/import-diffusers.md."""
-    from latentd_trainer.importers import diffusers_folder
+    try:
+        from latentd_trainer.importers import diffusers_folder
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        fail("needs diffusers: pip install 'latentd[diffusers]'", 2)
 
     if size is not None and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", size):
         fail(f"--size {size}: must be HxW, as 32x32", 2)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 import numpy as np
 import yaml
 from latentd import names
-from latentd.v1 import model_pb2
+from latentd.v1 import model_pb2, tensor_pb2
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
@@ -59,6 +59,16 @@ class Input(_Part):
 
     source: Source
     shape: tuple[PositiveInt, ...] | None = None  # without the batch axis; what the graph says if not given
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it is one whole number a row."""
+        return self.source in (Sources.SOURCE_TIMESTEP, Sources.SOURCE_CLASS_LABEL)
+
+    @property
+    def data_type(self) -> tensor_pb2.DataType.ValueType:
+        """What its values must be."""
+        return tensor_pb2.DATA_TYPE_INT64 if self.is_integer else tensor_pb2.DATA_TYPE_FLOAT32
 
 
 def _short_input(value: Any) -> Any:

@@ -19,7 +19,7 @@ from latentd_trainer.importers.model_file import Input, OnnxEntry
 from latentd_trainer.importers.words import UNUSED, Role
 from latentd_trainer.onnx_graph import GraphError
 from latentd_trainer.onnx_module import OnnxModule
-from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Source
+from latentd_trainer.spec import Graph, GraphInput, GraphOutput
 from latentd_trainer.spec import Role as Roles
 
 OLDEST_OPSET, NEWEST_OPSET = 7, 26
@@ -27,8 +27,7 @@ OLDEST_OPSET, NEWEST_OPSET = 7, 26
 OLDEST_DENOISER_OPSET = 18
 """A denoiser is joined with the operators of the sampler's update, which came with opset 18."""
 
-_INTEGERS = (Source.SOURCE_TIMESTEP, Source.SOURCE_CLASS_LABEL)
-_CONCRETE = "torch.onnx.export(..., dynamo=True, dynamic_shapes={...: {0: 'batch'}})"
+_EXAMPLE = "torch.onnx.export(..., dynamo=True, dynamic_shapes={...: {0: 'batch'}})"
 
 
 def graph(path: Path, role: Role, entry: OnnxEntry) -> Graph:
@@ -40,28 +39,7 @@ def graph(path: Path, role: Role, entry: OnnxEntry) -> Graph:
     model = _read(path)
     onnx_graph.strip(model)
     del model.graph.value_info[:]  # they speak of axes by names that are about to change
-    problems = _opset_problems(model, role) + onnx_graph.content_violations(model)
-    weights = {tensor.name for tensor in model.graph.initializer}
-    if among := [value.name for value in model.graph.input if value.name in weights]:
-        problems.append(
-            f"lists its weights {', '.join(among[:3])} among its inputs, as before IR version 4; export it again"
-        )
-        raise ImportingError(_listed(path, problems))
-    problems += _name_problems("input", model.graph.input, list(entry.inputs))
-    problems += _name_problems("output", model.graph.output, list(entry.outputs))
-    if not problems:
-        problems += [
-            f"input {value.name!r}: {text}"
-            for value in model.graph.input
-            for text in _input_problems(value, entry.inputs[value.name])
-        ]
-        problems += [
-            f"output {value.name!r}: {text}"
-            for value in model.graph.output
-            if entry.outputs[value.name] != UNUSED
-            for text in _type_problems(value, tensor_pb2.DATA_TYPE_FLOAT32)
-        ]
-    if problems:
+    if problems := _problems(model, role, entry):
         raise ImportingError(_listed(path, problems))
     _normalise(model, entry)
     try:
@@ -69,7 +47,7 @@ def graph(path: Path, role: Role, entry: OnnxEntry) -> Graph:
     except GraphError as error:
         raise ImportingError(_listed(path, [str(error)])) from error
     inputs = [
-        GraphInput(value.name, said.source, _shape(value, said), _data_type(said))
+        GraphInput(value.name, said.source, _shape(value, said), said.data_type)
         for value in model.graph.input
         for said in [entry.inputs[value.name]]
     ]
@@ -87,6 +65,25 @@ def _read(path: Path) -> onnx.ModelProto:
     if not model.graph.output:
         raise ImportingError(_listed(path, ["is no ONNX file with outputs"]))
     return model
+
+
+def _problems(model: onnx.ModelProto, role: Role, entry: OnnxEntry) -> list[str]:
+    """Everything that can be seen of a graph without running it."""
+    found = _opset_problems(model, role) + onnx_graph.content_violations(model)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    if among := [value.name for value in model.graph.input if value.name in weights]:
+        shown = ", ".join(among[:3])
+        return [*found, f"lists its weights {shown} among its inputs, as before IR version 4; export it again"]
+    found += _name_problems("input", model.graph.input, list(entry.inputs))
+    found += _name_problems("output", model.graph.output, list(entry.outputs))
+    for value in model.graph.input:
+        if value.name in entry.inputs:
+            found += [f"input {value.name!r}: {text}" for text in _input_problems(value, entry.inputs[value.name])]
+    for value in model.graph.output:
+        if entry.outputs.get(value.name, UNUSED) != UNUSED:
+            texts = _type_problems(value, tensor_pb2.DATA_TYPE_FLOAT32)
+            found += [f"output {value.name!r}: {text}" for text in texts]
+    return found
 
 
 def _opset_problems(model: onnx.ModelProto, role: Role) -> list[str]:
@@ -113,20 +110,19 @@ def _name_problems(kind: str, values: Sequence[onnx.ValueInfoProto], said: Seque
 
 
 def _input_problems(value: onnx.ValueInfoProto, said: Input) -> list[str]:
-    integer = said.source in _INTEGERS
-    found = _type_problems(value, _data_type(said))
+    found = _type_problems(value, said.data_type)
     extents = _extents(value)
     if not value.type.tensor_type.HasField("shape"):
-        open_ended = said.shape is None and not integer
+        open_ended = said.shape is None and not said.is_integer
         return [*found, "has no shape; say `shape`, the extents after the batch axis"] if open_ended else found
     if not extents:
         return [*found, "is a single number; the first axis of every input is the batch"]
     if isinstance(extents[0], int):
         found.append(
             f"its first axis is fixed at {extents[0]}; it is the batch and must be dynamic: export it again, "
-            f"e.g. with {_CONCRETE}"
+            f"e.g. with {_EXAMPLE}"
         )
-    inner = said.shape if said.shape is not None else () if integer else None
+    inner = said.shape if said.shape is not None else () if said.is_integer else None
     if inner is None:
         if any(isinstance(extent, str) for extent in extents[1:]):
             found.append(f"has the shape {extents}; say `shape`, the extents after the batch axis")
@@ -170,13 +166,9 @@ def _normalise(model: onnx.ModelProto, entry: OnnxEntry) -> None:
 
 def _shape(value: onnx.ValueInfoProto, said: Input) -> tuple[int, ...]:
     """The extents after the batch axis of an input without problems."""
-    if said.shape is not None or said.source in _INTEGERS:
+    if said.shape is not None or said.is_integer:
         return said.shape or ()
     return tuple(int(extent) for extent in _extents(value)[1:])
-
-
-def _data_type(said: Input) -> tensor_pb2.DataType.ValueType:
-    return tensor_pb2.DATA_TYPE_INT64 if said.source in _INTEGERS else tensor_pb2.DATA_TYPE_FLOAT32
 
 
 def _listed(path: Path, problems: Sequence[str]) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from latentd.v1 import tensor_pb2
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -18,8 +17,6 @@ from latentd_trainer.importers import ImportingError
 from latentd_trainer.importers.model_file import Input, SampleSpec, TorchEntry
 from latentd_trainer.importers.words import Role
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Source
-
-_INTEGERS = (Source.SOURCE_TIMESTEP, Source.SOURCE_CLASS_LABEL)
 
 
 def graph(folder: Path, role: Role, entry: TorchEntry, sample: SampleSpec) -> Graph:
@@ -40,9 +37,7 @@ def graph(folder: Path, role: Role, entry: TorchEntry, sample: SampleSpec) -> Gr
         shape = _shape(said, sample)
         if shape is None:
             problems.append(f"inputs.{name}: say `shape`, the extents after the batch axis")
-        integer = said.source in _INTEGERS
-        data_type = tensor_pb2.DATA_TYPE_INT64 if integer else tensor_pb2.DATA_TYPE_FLOAT32
-        inputs.append(GraphInput(name, said.source, shape or (), data_type))
+        inputs.append(GraphInput(name, said.source, shape or (), said.data_type))
     try:
         module = _made(folder, entry)
         if entry.weights is not None:
@@ -58,7 +53,7 @@ def graph(folder: Path, role: Role, entry: TorchEntry, sample: SampleSpec) -> Gr
 def _shape(said: Input, sample: SampleSpec) -> tuple[int, ...] | None:
     if said.shape is not None:
         return said.shape
-    if said.source in _INTEGERS:
+    if said.is_integer:
         return ()
     return sample.shape if said.source == Source.SOURCE_SAMPLE else None
 
