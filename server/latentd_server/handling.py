@@ -169,6 +169,9 @@ async def guarded(work: Awaitable[Answer], end: Callable[[str, str], None], cont
         if isinstance(error, ReaderTooSlowError):
             _leave_word(refusal, context, peer)
             raise asyncio.CancelledError from None
-        await _refuse(refusal, context, peer)
+        try:
+            await _refuse(refusal, context, peer)
+        except aio.InternalError:  # the call is over, and nobody is there to be refused
+            raise asyncio.CancelledError from None
     end("OK", "")
     return answer
