@@ -143,7 +143,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "float64": ({"module": "own_nets:Double"}, "output 'image' holds float64; must hold float32"),
     "statistics of the batch": ({"module": "own_nets:Normed"}, "of a row differs by"),
-    "noise of its own": ({"module": "own_nets:Noisy"}, "of a row differs by"),
+    "noise of its own": (
+        {"module": "own_nets:Noisy"},
+        "output 'image' is another at each run; noise must come in by inputs",
+    ),
     "what cannot be exported": (
         {"module": "own_nets:Branching"},
         "decoder: cannot be exported with inputs z float32[2, 4]",

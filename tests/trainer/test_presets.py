@@ -40,7 +40,7 @@ def info_of(shape: tuple[int, int, int]) -> DataInfo:
 @pytest.mark.parametrize("preset", SHAPES)
 @pytest.mark.parametrize("name", MILLIONS)
 def test_presets_have_the_size_they_claim(name: str, preset: str) -> None:
-    """Every family has every preset; its networks take the images it is named after and have attention."""
+    """Each of the main families has every preset; its networks take the images it is named after and have attention."""
     kind = load_family(name)
     assert kind.presets.keys() == SHAPES.keys()
     with torch.device("meta"):

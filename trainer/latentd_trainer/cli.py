@@ -131,7 +131,8 @@ def list_settings(
     for entry in dataclasses.fields(kind.config_type):
         table.add_row(entry.name, changed.get(entry.name, str(entry.default)), entry.metadata["help"])
     console.print(table)
-    console.print(f"presets: {', '.join(kind.presets)}", markup=False, highlight=False)
+    if kind.presets:
+        console.print(f"presets: {', '.join(kind.presets)}", markup=False, highlight=False)
 
 
 @app.command()
