@@ -27,6 +27,7 @@ from latentd_client.channels import (
     unary_calls,
 )
 from latentd_client.loop import LoopRun, LoopView
+from latentd_client.multiplexing import Multiplexer
 from latentd_client.results import Event, LoopStep, Samples
 from latentd_client.resume import SampleRun, assemble
 from latentd_client.retries import Attempts, Retries
@@ -96,6 +97,9 @@ class AsyncClient:
         retries: how often and how fast to try again; `Retries(max_attempts=1)` for never.
         caller: who calls, for the server's fairness and logs.
         priority: "high", "normal" or "low", of calls that do not say otherwise.
+        multiplexed: let `encode`, `decode`, `denoise_step`, `score` and what is made of them share one stream. For
+            those who make many small calls at a time: each costs the server a fraction of a call of its own, and what
+            is asked together is computed together. Answers, errors, deadlines and retries are the same.
         channel_options: further gRPC channel options; they win over this library's.
 
     Raises:
@@ -124,6 +128,7 @@ class AsyncClient:
         retries: Retries = Retries(),  # noqa: B008  # frozen
         caller: str | None = None,
         priority: Priority = "normal",
+        multiplexed: bool = False,
         channel_options: Sequence[ChannelOption] = (),
     ) -> None:
         self._settings = Settings(target, tls, timeout, retries, caller, priority, tuple(channel_options))
@@ -138,6 +143,7 @@ class AsyncClient:
         )
         self._unary_calls = unary_calls(self._channel)
         self._generation = GenerationServiceStub(self._channel)
+        self._multiplexer = Multiplexer(self._generation.Stream, self._settings) if multiplexed else None
 
     def __repr__(self) -> str:
         return f"<AsyncClient of {self._settings.target}{', closed' if self._liveness.closed else ''}>"
@@ -153,6 +159,8 @@ class AsyncClient:
     async def close(self) -> None:
         """Give up every call under way, at once, and free the connection."""
         self._liveness.closed = True
+        if self._multiplexer is not None:
+            await self._multiplexer.close()
         await self._channel.close()
 
     async def _run(self, program: Program[_T], terms: Terms | None = None) -> tuple[_T, Terms]:
@@ -180,6 +188,10 @@ class AsyncClient:
         self._liveness.check()
         request_id = new_request_id()
         with self._translated(request_id, getattr(ask.request, "model", "")):
+            if self._multiplexer is not None:
+                answer = await self._multiplexer.ask(ask, terms)
+                if answer is not None:
+                    return answer
             return await self._unary_calls[ask.rpc](
                 ask.request, timeout=terms.timeout(), metadata=self._settings.metadata(request_id, terms)
             )

@@ -82,20 +82,22 @@ class Throttle:
         self.tokens = max(0.0, self.tokens - 1)
 
     def succeeded(self) -> None:
-        """Note a stream that ran to its end."""
+        """Note a stream that ran to its end, or a request of a shared one that was answered."""
         self.tokens = min(float(_TOKENS), self.tokens + _TOKEN_RATIO)
 
 
 @dataclass(slots=True)
 class Attempts:
-    """The attempts of one stream. Counts only those in a row that brought nothing new."""
+    """The attempts of one stream, or of one request of a shared one. Only those in a row that brought nothing count."""
 
     policy: Retries
     throttle: Throttle
     fruitless: int = 0
     progress: int = 0
 
-    def delay_s(self, error: LatentdError, *, progress: int, remaining_s: float, chance: float) -> float:
+    def delay_s(
+        self, error: LatentdError, *, progress: int, remaining_s: float, chance: float, counted: bool = True
+    ) -> float:
         """How long to wait, in seconds, before asking again for what is missing.
 
         Args:
@@ -103,13 +105,15 @@ class Attempts:
             progress: how much has arrived so far; grows when an attempt was of use.
             remaining_s: time left until the deadline, in seconds.
             chance: uniform in [0, 1); spreads the waits of many clients.
+            counted: whether the throttle is to hear of it; not if it has, where one failure hits many calls.
 
         Raises:
             LatentdError: `error` itself, when it cannot be retried, attempts or time run out, or most calls fail.
         """
         if not error.retryable:
             raise error
-        self.throttle.failed()
+        if counted:
+            self.throttle.failed()
         if progress > self.progress:
             self.progress = progress
             self.fruitless = 0

@@ -1,4 +1,4 @@
-"""Fixtures of the client's tests: a server that fails on demand, and both clients behind one synchronous face."""
+"""Fixtures of the client's tests: a server that fails on demand, and all clients behind one synchronous face."""
 
 import asyncio
 import inspect
@@ -98,13 +98,15 @@ class BlockingLoop:
         return self._runner.run(self._loop.step(**changes))
 
 
-@pytest.fixture(params=["sync", "aio"])
+@pytest.fixture(params=["sync", "aio", "multiplexed"])
 def connect(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Callable[..., Any]]:
-    """Makes clients of the fake server; every test that uses it runs with both kinds."""
+    """Makes clients of the fake server; every test that uses it runs with all kinds."""
     made: list[Any] = []
 
     def make(**arguments: Any) -> Any:
         arguments = {"target": server.target, "retries": QUICK, "timeout": 30.0} | arguments
+        if request.param == "multiplexed":
+            arguments["multiplexed"] = True
         client = Client(**arguments) if request.param == "sync" else Blocking(**arguments)
         made.append(client)
         return client
@@ -116,5 +118,5 @@ def connect(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Call
 
 @pytest.fixture
 def client(connect: Callable[..., Any]) -> Any:
-    """A client of the fake server, of both kinds."""
+    """A client of the fake server, of all kinds."""
     return connect()

@@ -4,6 +4,7 @@ Its arithmetic is a hash: sample i is a function of (seed, first_sample_index + 
 client that stitches a broken stream wrongly is found out by its bytes.
 """
 
+import itertools
 import threading
 import time
 from collections import defaultdict, deque
@@ -14,6 +15,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from fake_shared_stream import SharedStream
 from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -118,6 +120,11 @@ class FakeServer(generation_service_pb2_grpc.GenerationServiceServicer, model_se
     value_limit: float = 1.0  # of samples, both ways
     sample_shape: tuple[int, ...] = SHAPE  # as models are described
     credentials: grpc.ServerCredentials | None = None
+    knows_batches: bool = True  # of requests on a stream
+    answers_in_batches: bool = True
+    shared_streams: int = 0
+    batches_sent: list[int] = field(default_factory=list)  # their sizes
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> "FakeServer":
         """Listen; on the same port again if it listened before."""
@@ -150,8 +157,13 @@ class FakeServer(generation_service_pb2_grpc.GenerationServiceServicer, model_se
 
     def _arrive(self, rpc: str, request: Any, context: grpc.ServicerContext) -> Fault | None:
         metadata = {item.key: item.value for item in context.invocation_metadata()}
-        self.seen.append(Seen(rpc, request, metadata, context.time_remaining()))
-        return self.faults[rpc].popleft() if self.faults[rpc] else None
+        with self._lock:
+            self.seen.append(Seen(rpc, request, metadata, context.time_remaining()))
+            return self.faults[rpc].popleft() if self.faults[rpc] else None
+
+    def see(self, kind: str, message: Any) -> None:
+        """Note a message of a stream."""
+        self.seen.append(Seen(kind, message, {}, None))
 
     def _strike(self, fault: Fault, context: grpc.ServicerContext) -> None:
         waited = threading.Event()
@@ -279,13 +291,19 @@ class FakeServer(generation_service_pb2_grpc.GenerationServiceServicer, model_se
     def Stream(
         self, request_iterator: Iterator[pb.StreamRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.StreamResponse]:
+        first = next(request_iterator, None)
+        if first is None:
+            return
+        if first.HasField("batch"):
+            yield from self._shared_stream(first, request_iterator, context)
+            return
         fault = self._arrive("Stream", None, context)
         state = np.zeros((0, *SHAPE), np.float32)
         remaining: list[int] = []
         self.open_streams += 1
         try:
-            for k, message in enumerate(request_iterator):
-                self.seen.append(Seen("StreamRequest", message, {}, None))
+            for k, message in enumerate(itertools.chain([first], request_iterator)):
+                self.see("StreamRequest", message)
                 if fault is not None and k == fault.after:
                     self._strike(fault, context)
                     return
@@ -329,6 +347,18 @@ class FakeServer(generation_service_pb2_grpc.GenerationServiceServicer, model_se
                         ),
                     ),
                 )
+        finally:
+            self.open_streams -= 1
+
+    def _shared_stream(
+        self, first: pb.StreamRequest, messages: Iterator[pb.StreamRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.StreamResponse]:
+        with self._lock:
+            self.shared_streams += 1
+            fault = self.faults["SharedStream"].popleft() if self.faults["SharedStream"] else None
+        self.open_streams += 1
+        try:
+            yield from SharedStream(self, context).serve(first, messages, fault)
         finally:
             self.open_streams -= 1
 

@@ -421,11 +421,13 @@ def test_no_steps_is_not_the_default(client: Any) -> None:
 
 
 def test_the_two_clients_have_the_same_methods() -> None:
-    """Every public name, and every parameter but the constructor's own, is the same on both."""
+    """Every public name and every parameter is the same on both, but for one that needs an event loop."""
 
     def surface(kind: type) -> dict[str, list[str]]:
         public = {name: member for name, member in vars(kind).items() if not name.startswith("_")}
         return {name: list(inspect.signature(member).parameters) for name, member in public.items()}
 
     assert surface(Client) == surface(AsyncClient)
-    assert list(inspect.signature(Client).parameters) == list(inspect.signature(AsyncClient).parameters)
+    asynchronous = list(inspect.signature(AsyncClient).parameters)
+    asynchronous.remove("multiplexed")  # threads have no moment at which requests gather
+    assert list(inspect.signature(Client).parameters) == asynchronous

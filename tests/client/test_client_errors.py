@@ -48,7 +48,7 @@ def test_every_exception_is_public() -> None:
 @pytest.mark.parametrize("reason", Reason)
 @pytest.mark.parametrize("rpc", ["Sample", "Encode"])
 def test_a_reason_becomes_its_exception(client: Any, server: FakeServer, rpc: str, reason: Reason) -> None:
-    """A refused stream and a refused unary call raise the reason's class, with code, metadata, request id and cause."""
+    """A refused stream and a refused unary call raise the reason's class, with code, metadata and request id."""
     server.fail(rpc, *[Fault(code=CODES[reason], message="why", details=[info(reason, model="toy@1")])] * 5)
     with pytest.raises(BY_REASON[reason]) as caught:
         client.sample("toy") if rpc == "Sample" else client.encode("toy", np.zeros(SHAPE))
@@ -58,8 +58,17 @@ def test_a_reason_becomes_its_exception(client: Any, server: FakeServer, rpc: st
     assert error.code == CODES[reason].value[0]
     assert error.message == "why"
     assert error.metadata == {"model": "toy@1"}
-    assert isinstance(error.__cause__, grpc.RpcError)
     assert error.request_id in [seen.metadata["x-request-id"] for seen in server.seen if seen.rpc == rpc]
+
+
+@pytest.mark.parametrize("connect", ["sync", "aio"], indirect=True)  # what a shared stream carries, gRPC did not raise
+@pytest.mark.parametrize("rpc", ["Sample", "Encode"])
+def test_the_cause_is_grpcs(client: Any, server: FakeServer, rpc: str) -> None:
+    """Whoever needs more finds gRPC's own error behind ours."""
+    server.fail(rpc, Fault(code=grpc.StatusCode.NOT_FOUND))
+    with pytest.raises(latentd_client.LatentdError) as caught:
+        client.sample("toy") if rpc == "Sample" else client.encode("toy", np.zeros(SHAPE))
+    assert isinstance(caught.value.__cause__, grpc.RpcError)
 
 
 @pytest.mark.parametrize("code", [code for code in Code if code is not Code.OK])
