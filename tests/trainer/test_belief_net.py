@@ -91,14 +91,13 @@ def test_a_sweep_draws_each_unit_from_its_conditional() -> None:
     generator = torch.Generator().manual_seed(2)
     x = (torch.rand((5, PIXELS), generator=generator) < 0.5).float()
     before = torch.cat(net.dream(torch.rand((5, UNITS), generator=generator)), dim=1)
-    lower, upper, chances = net.sweep(x, *net.layers(before), torch.rand((5, UNITS), generator=generator))
-    after = torch.cat([lower, upper], dim=1)
+    after, chances = net.sweep(x, before, torch.rand((5, 1, UNITS), generator=generator))
     for unit in range(UNITS):
         state = torch.cat([after[:, :unit], before[:, unit:]], dim=1)
         on, off = state.clone(), state.clone()
         on[:, unit], off[:, unit] = 1.0, 0.0
         odds = net.log_joint(x, *net.layers(on)) - net.log_joint(x, *net.layers(off))
-        torch.testing.assert_close(chances[:, unit], odds.sigmoid(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(chances[:, 0, unit], odds.sigmoid(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -121,10 +120,10 @@ def test_the_chain_starts_in_the_prior_and_averages_its_second_half() -> None:
     generator = torch.Generator().manual_seed(3)
     x = (torch.rand((4, PIXELS), generator=generator) < 0.5).float()
     uniform = torch.rand((4, 3, UNITS), generator=generator)
-    lower, upper, first = net.sweep(x, *net.dream(uniform[:, 0]), uniform[:, 1])
-    torch.testing.assert_close(Gibbs(net, 1)(image_of(x), uniform[:, :2]), first)
-    _, _, second = net.sweep(x, lower, upper, uniform[:, 2])
-    torch.testing.assert_close(Gibbs(net, 2)(image_of(x), uniform), second)
+    states, first = net.sweep(x, torch.cat(net.dream(uniform[:, 0]), dim=1), uniform[:, 1:2])
+    torch.testing.assert_close(Gibbs(net, 1)(image_of(x), uniform[:, :2]), first[:, 0])
+    _, second = net.sweep(x, states, uniform[:, 2:])
+    torch.testing.assert_close(Gibbs(net, 2)(image_of(x), uniform), second[:, 0])
 
 
 def log_mean(values: Tensor) -> float:

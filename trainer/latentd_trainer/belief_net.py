@@ -3,9 +3,9 @@
 Neal: Connectionist learning of belief networks, Artificial Intelligence 56 (1992).
 
     model        p(x, z1, z2) = p(z2) p(z1 | z2) p(x | z1), every factor a product over units of Bernoulli
-                 distributions with P(unit = 1 | above) = s(weights . above + bias), s the logistic function  (eq. 1)
+                 distributions with P(unit = 1 | above) = s(weights . above + bias), s the logistic function
     posterior    p(z | x) has no closed form, for units with a common child depend on each other once it is seen; a
-                 unit's conditional has one (eq. 4):
+                 unit's conditional has one:
                  ln P(z_j = 1 | rest) / P(z_j = 0 | rest) = its own logit + sum over its children c of
                  ln p(c | z_j = 1, rest) - ln p(c | z_j = 0, rest)
     Gibbs        draw each unit from that conditional in turn; in the long run states come from p(z | x)
@@ -17,6 +17,8 @@ of 0 and 1, the lower layer z1 before the upper z2.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,53 +99,59 @@ class BeliefNet(nn.Module):
         on = (mean * count + 0.5) / (count + 1)
         self.bottom.bias.copy_(torch.log(on / (1 - on)))
 
-    def sweep(self, x: Tensor, lower: Tensor, upper: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw every hidden unit once from its conditional: all of z1, then all of z2.
+    def sweep(self, x: Tensor, states: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw every hidden unit in turn from its conditional, z1 before z2, as often as there are uniform numbers for.
 
         Args:
             x: [n, pixels] f32 of 0 and 1.
-            lower: [n, lower], the state of z1.
-            upper: [n, upper], the state of z2.
-            uniform: [n, lower + upper] in [0, 1).
+            states: [n, lower + upper], of z1 and z2.
+            uniform: [n, sweeps, lower + upper] in [0, 1).
 
         Returns:
-            z1, z2, and P(unit = 1 | rest) as each unit was drawn, [n, lower + upper].
+            The last states, [n, lower + upper], and P(unit = 1 | rest) as each unit was drawn,
+            [n, sweeps, lower + upper].
         """
-        lower_uniform, upper_uniform = self.layers(uniform)
-        lower, lower_odds = _sweep_layer(self.bottom, x, lower, self.middle(upper), lower_uniform)
-        prior = self.top.expand_as(upper)
-        upper, upper_odds = _sweep_layer(self.middle, lower, upper, prior, upper_uniform)
-        return lower, upper, torch.cat([lower_odds, upper_odds], dim=1)
+        count, pixels, (lower, upper) = len(x), x.shape[1], self.units
+        sweeps = uniform.shape[1]
+        # A unit's children are the pixels, or z1; with the weights to all others at 0, every unit is drawn alike.
+        below_lower = nn.functional.pad(self.bottom.weight.t(), (0, lower))
+        below_upper = nn.functional.pad(self.middle.weight.t(), (pixels, 0))
+        rows = torch.cat([below_lower, below_upper])  # [lower + upper, pixels + lower]
+        lower_states, upper_states = self.layers(states)
+        logits = torch.cat([self.bottom(lower_states), self.middle(upper_states)], dim=1)
+        top = self.top.expand(count, -1)
+
+        def draw_unit(carry: tuple[Tensor, Tensor], unit: tuple[Tensor, Tensor, Tensor]) -> Any:
+            states, logits = carry  # the children's logits follow the units as they change
+            row, mask, point = unit
+            state = (states * mask).sum(dim=1)
+            off = logits - state[:, None] * row
+            children = torch.cat([x, states[:, :lower]], dim=1)
+            own = (torch.cat([logits[:, pixels:], top], dim=1) * mask).sum(dim=1)
+            chance = torch.sigmoid(own + (children * row - softplus(off + row) + softplus(off)).sum(dim=1))
+            drawn = (point < chance).float()
+            states = states + (drawn - state)[:, None] * mask
+            return (states, off + drawn[:, None] * row), chance
+
+        each = (rows.repeat(sweeps, 1), torch.eye(lower + upper).to(x).repeat(sweeps, 1), uniform.flatten(1).t())
+        (states, _), chances = _in_turn(draw_unit, (states, logits), each)
+        return states, chances.t().reshape(count, sweeps, lower + upper)
 
 
-def _sweep_layer(
-    below: nn.Linear, children: Tensor, units: Tensor, prior: Tensor, uniform: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Draw the units of one layer in turn, given the layer below and their logits from above.
+def _in_turn(step: Callable[..., Any], carry: Any, each: tuple[Tensor, ...]) -> tuple[Any, Tensor]:
+    """Take `step(carry, one)`, which returns the next carry and a result, with one after another of the first axis.
 
-    The logits of the children follow each unit as it changes. One loop in an exported graph, for unrolled it would
-    have a dozen operators for each unit and sweep.
+    In an exported graph this is a loop: unrolled it would be some thirty operators for each unit and sweep. Returns
+    the last carry, and the results stacked.
     """
-    weight = below.weight.t()  # [units, children]
-    evidence = children @ below.weight + prior  # [n, units], what is linear in a child's state, and the prior
-
-    def draw_unit(logits: Tensor, unit: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        row, state, given, point = unit
-        off = logits - state[:, None] * row
-        chance = torch.sigmoid(given - (softplus(off + row) - softplus(off)).sum(dim=1))
-        drawn = (point < chance).float()
-        return off + drawn[:, None] * row, torch.stack([drawn, chance])
-
-    each = (weight, units.t(), evidence.t(), uniform.t())
     if torch.compiler.is_exporting():
-        _, results = scan(draw_unit, below(units), each)
-    else:
-        logits, found = below(units), []
-        for unit in zip(*each, strict=True):
-            logits, result = draw_unit(logits, unit)
-            found.append(result)
-        results = torch.stack(found)
-    return results[:, 0].t(), results[:, 1].t()
+        final, results = scan(step, carry, each)
+        return final, results
+    found = []
+    for one in zip(*each, strict=True):
+        carry, result = step(carry, one)
+        found.append(result)
+    return carry, torch.stack(found)
 
 
 class Gibbs(nn.Module):
@@ -166,19 +174,15 @@ class Gibbs(nn.Module):
         """Of the uniform numbers a row takes: one for every unit to start with, and one in every sweep."""
         return 1 + self.sweeps, sum(self.net.units)
 
-    def states(self, x: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The last z1 and z2, and the averaged conditionals; x is [n, pixels], uniform [n, 1 + sweeps, units]."""
-        lower, upper = self.net.dream(uniform[:, 0])
-        kept = []
-        for number in range(1, self.sweeps + 1):
-            lower, upper, chances = self.net.sweep(x, lower, upper, uniform[:, number])
-            if 2 * number > self.sweeps:
-                kept.append(chances)
-        return lower, upper, torch.stack(kept).mean(dim=0)
+    def states(self, x: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Last states and averaged conditionals, both [n, units]; x is [n, pixels], uniform [n, 1 + sweeps, units]."""
+        start = torch.cat(self.net.dream(uniform[:, 0]), dim=1)
+        states, chances = self.net.sweep(x, start, uniform[:, 1:])
+        return states, chances[:, self.sweeps // 2 :].mean(dim=1)
 
     def forward(self, sample: Tensor, uniform: Tensor) -> Tensor:
         """See the class."""
-        return self.states(binary_pixels(sample), uniform)[2]
+        return self.states(binary_pixels(sample), uniform)[1]
 
 
 class DecoderGraph(nn.Module):

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from latentd_trainer.checkpoint import build_family
-from latentd_trainer.data import UNLABELLED, Dataset, Split, batch_indices, scale
-from latentd_trainer.families import Batch, Family, Moment
+from latentd_trainer.data import UNLABELLED, Dataset, Split, scale
+from latentd_trainer.families import Family, Moment
 from latentd_trainer.families.helmholtz import HelmholtzMachine
 from latentd_trainer.families.vae import Vae
 from latentd_trainer.mixture import Floats, expectation_maximisation, fit_classes
 from latentd_trainer.shard import Shard
-from latentd_trainer.train import step_seed
+from latentd_trainer.train import global_batch, step_seed
 
 BOUND_DRAWS = 500
 MIXTURE_COMPONENTS = 10
@@ -116,11 +116,9 @@ def train(name: str, settings: Mapping[str, Any], dataset: Dataset, seed: int) -
     family = build_family(name, settings, dataset.info, seed)
     count = family.config.steps
     for step in range(count):
-        chosen = batch_indices(step, family.config.batch_size, len(dataset.train.labels), seed)
-        images = torch.from_numpy(scale(dataset.train.pixels[chosen], dataset.info.levels))
         generator = torch.Generator().manual_seed(step_seed(seed, step))
         moment = Moment(step, count, generator, Shard(), contextlib.nullcontext)
-        family.step(Batch(images, torch.from_numpy(dataset.train.labels[chosen])), moment)
+        family.step(global_batch(dataset, family.config.batch_size, step, seed), moment)
     return family
 
 

@@ -147,7 +147,7 @@ def pairwise_mutual_information(units: NDArray[np.bool_]) -> float:
         terms = joint * np.log(joint / (marginal[:, None, :, None] * marginal[None, :, None, :]))
     information = np.where(joint > 0, terms, 0.0).sum(axis=(0, 1))
     each: NDArray[np.float64] = information[np.triu_indices(width, 1)]
-    return float(each.mean()) - 1 / (2 * count)
+    return float(each.mean() - 1 / (2 * count))
 
 
 def near_binary_share(codes: Floats, margin: float = 0.1) -> float:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 PSEUDO_COUNT = 0.5
-"""Images of each kind added to every pixel of a component, so that nothing has probability zero: what is fitted is the
-mode under a Beta(3/2, 3/2) prior."""
+"""Images added to every component, and of each kind to every pixel of it, so that nothing has probability zero: what is
+fitted is the mode under a Dirichlet prior of the weights and a Beta prior of the pixels, all with parameters 3/2."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,17 @@ class BernoulliMixture:
         return total
 
     def log_prior(self) -> float:
-        """Log density of the pixels' Beta prior, up to a constant, which EM maximises along with the likelihood."""
-        return PSEUDO_COUNT * float(np.log(self.probabilities).sum() + np.log1p(-self.probabilities).sum())
+        """Log density of the prior, up to a constant, which EM maximises along with the likelihood."""
+        pixels = np.log(self.probabilities).sum() + np.log1p(-self.probabilities).sum()
+        return PSEUDO_COUNT * float(pixels + np.log(self.weights).sum())
 
 
 def fit_weighted(images: Floats, shares: Floats) -> BernoulliMixture:
     """The most probable mixture where `shares` [n, components] of every image belong to each component."""
     counts = shares.sum(axis=0)
     probabilities = (shares.T @ images + PSEUDO_COUNT) / (counts[:, None] + 2 * PSEUDO_COUNT)
-    return BernoulliMixture(counts / counts.sum(), probabilities)
+    weights = (counts + PSEUDO_COUNT) / (len(images) + PSEUDO_COUNT * len(counts))
+    return BernoulliMixture(weights, probabilities)
 
 
 def fit_classes(images: Floats, labels: NDArray[np.int64], class_count: int) -> BernoulliMixture:
@@ -56,8 +58,8 @@ def fit_classes(images: Floats, labels: NDArray[np.int64], class_count: int) -> 
 def expectation_maximisation(images: Floats, components: int, steps: int, seed: int) -> Iterator[BernoulliMixture]:
     """EM for a mixture (Dempster, Laird, Rubin, JRSS B 39, 1977), from the start on: yields `steps` + 1 mixtures.
 
-    E: r_nk = P(k | x_n) under the mixture so far. M: the most probable mixture with these shares. Neither
-    ln p(images) + ln p(pixels) nor, with it, what is yielded ever gets worse. The start has random shares.
+    E: r_nk = P(k | x_n) under the mixture so far. M: the most probable mixture with these shares. No step lowers
+    ln p(images) + ln p(mixture). The start has random shares.
     """
     generator = np.random.default_rng(seed)
     mixture = fit_weighted(images, generator.dirichlet(np.ones(components), size=len(images)))

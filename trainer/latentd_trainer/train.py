@@ -54,6 +54,14 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
 
 
+def global_batch(dataset: Dataset, size: int, step: int, seed: int) -> Batch:
+    """What all processes together train on in a step; a size of 0 is all images."""
+    train = dataset.train
+    chosen = batch_indices(step, size or len(train.labels), len(train.labels), seed)
+    images = torch.from_numpy(scale(train.pixels[chosen], dataset.info.levels))
+    return Batch(images, torch.from_numpy(train.labels[chosen]))
+
+
 def choose_device(name: str, precision: str, rank: int = 0) -> torch.device:
     """The device to train on.
 
@@ -168,12 +176,9 @@ class _Loop:
                 raise InterruptedTraining(received[0] if received else signal.SIGTERM, done)
 
     def _batch(self, step: int) -> Batch:
-        train = self.dataset.train
-        size = self.record.settings["batch_size"] or len(train.labels)
-        chosen = batch_indices(step, size, len(train.labels), self.record.seed)
-        images = torch.from_numpy(scale(train.pixels[chosen], self.dataset.info.levels))
-        labels = torch.from_numpy(train.labels[chosen])
-        return Batch(self.shard.rows(images).to(self.device), self.shard.rows(labels).to(self.device))
+        whole = global_batch(self.dataset, self.record.settings["batch_size"], step, self.record.seed)
+        images, labels = (self.shard.rows(part).to(self.device) for part in (whole.images, whole.labels))
+        return Batch(images, labels)
 
     def _moment(self, step: int) -> Moment:
         generator = torch.Generator().manual_seed(step_seed(self.record.seed, step))

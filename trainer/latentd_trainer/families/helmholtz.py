@@ -3,14 +3,14 @@
 Dayan, Hinton, Neal, Zemel: The Helmholtz machine, Neural Computation 7 (1995). Learnt on binarised pixels.
 
     model         p(x, z1, z2), see `belief_net`; q(z1, z2 | x) = q(z1 | x) q(z2 | z1), products of Bernoulli units
-    bound         ln p(x) >= E_q ln p(x, z) - ln q(z | x)                                          (eq. 3 there)
+    bound         ln p(x) >= E_q ln p(x, z) - ln q(z | x)
     wake-sleep    (Hinton, Dayan, Frey, Neal, Science 268, 1995)
                   wake: z ~ q(. | x), follow the gradient of ln p(x, z), the whole joint
                   sleep: (z, x) ~ p, dreamt from the top down, follow the gradient of ln q(z | x)
     reweighted    (Bornschein, Bengio, arXiv 1406.2751) K states z_k ~ q(. | x), with weights w_k that sum to 1,
-                  w_k ~ p(x, z_k) / q(z_k | x)                                                     (eq. 4)
-                  p follows sum_k w_k grad ln p(x, z_k) (eq. 5); q follows half of sum_k w_k grad ln q(z_k | x), the
-                  wake update (eq. 8), and half of the sleep update
+                  w_k ~ p(x, z_k) / q(z_k | x)
+                  p follows sum_k w_k grad ln p(x, z_k); q follows half of sum_k w_k grad ln q(z_k | x), the
+                  wake update, and half of the sleep update
     IWAE          ln p(x) >= ln 1/K sum_k p(x, z_k) / q(z_k | x)                       (arXiv 1509.00519, eq. 8)
 """
 

@@ -106,7 +106,7 @@ def choose_floor(x: Tensor, labels: Tensor, class_count: int) -> float:
     """The largest floor of the grid that classifies as well as any, each image by a fit to all others.
 
     As well means within one standard error of the best share: what is more regular is preferred where accuracy cannot
-    tell (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
+    tell (Breiman et al., Classification and Regression Trees, 1984).
 
     Leaving out image x of a class of N images moves the class's mean by (m - x) / (N - 1), and its variance to
     N / (N - 1) (v - (x - m)^2 / (N - 1)); other classes stay as they are, so that no second fit is needed.
@@ -140,7 +140,8 @@ def choose_floor(x: Tensor, labels: Tensor, class_count: int) -> float:
     found = {floor: right(floor) for floor in FLOORS}
     best = max(found.values())
     standard_error = math.sqrt(best * (len(x) - best) / len(x))  # in images
-    return max(floor for floor, count in found.items() if count >= best - standard_error)
+    largest: float = max(floor for floor, count in found.items() if count >= best - standard_error)
+    return largest
 
 
 def _log_density(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:

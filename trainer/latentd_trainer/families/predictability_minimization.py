@@ -3,12 +3,12 @@
 Schmidhuber: Learning factorial codes by predictability minimization, Neural Computation 4 (1992).
 
     code          y = E(x) in (0, 1)^d
-    predictors    P_i(y without y_i) guesses y_i; each minimises (P_i - y_i)^2                    (eq. 1)
-    encoder       maximises the same sum, so that every unit escapes the guesses of all others    (eq. 3)
+    predictors    P_i(y without y_i) guesses y_i; each minimises (P_i - y_i)^2
+    encoder       maximises the same sum, so that every unit escapes the guesses of all others
     decoder       D(y) gives the image back, without which a code could be noise; encoder and decoder minimise
                   |x - D(E(x))|^2 - weight * |P - y|^2, both in the mean over pixels or units
     binary        a unit that cannot be predicted moves its square error up by moving away from its mean, hence to the
-                  ends of (0, 1)                                                                  (section 3)
+                  ends of (0, 1)
     prior         if units are binary and independent, p(y) is the product of their own P(y_i = 1), which are counted
                   while training; from it images are drawn
 

@@ -4,7 +4,7 @@ Neal: Connectionist learning of belief networks, Artificial Intelligence 56 (199
 
     model        p(x, z1, z2), see `belief_net`
     learning     follow E over p(z | x) of grad ln p(x, z), which is the gradient of ln p(x); z is drawn by a few
-                 sweeps of Gibbs sampling with the pixels held                                      (section 3.2)
+                 sweeps of Gibbs sampling with the pixels held
     posterior    P(unit = 1 | x), averaged over a fixed number of sweeps
     bound        Let q be the product of those averages. Given the sweeps, p(x, z) / q(z) with z ~ q has the mean
                  p(x), so ln p(x) >= E ln p(x, z) - ln q(z), however many sweeps there were; K draws are joined as
@@ -61,7 +61,7 @@ class LogWeightGraph(nn.Module):
         """See the class."""
         net = self.gibbs.net
         x = binary_pixels(sample)
-        probability = self.gibbs.states(x, chain)[2].clamp(_SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY)
+        probability = self.gibbs.states(x, chain)[1].clamp(_SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY)
         states = (uniform < probability).float()
         lower, upper = net.layers(states)
         log_posterior = row_log(torch.where(states > 0, probability, 1 - probability)).sum(dim=1)
@@ -90,9 +90,9 @@ class SigmoidBeliefNet(Family):
             self.net.start_at(moment.shard.mean(x.mean(dim=0)), len(x) * moment.shard.count)
         whole = torch.rand((len(x) * moment.shard.count, *self.chain.noise_shape), generator=moment.generator)
         with torch.no_grad():
-            lower, upper, _ = self.chain.states(x, moment.shard.rows(whole).to(x.device))
+            states, _ = self.chain.states(x, moment.shard.rows(whole).to(x.device))
         with moment.autocast():
-            loss = -self.net.log_joint(x, lower, upper).mean()
+            loss = -self.net.log_joint(x, *self.net.layers(states)).mean()
         self.updaters["net"].apply(loss, moment.shard, warm_up_then_cosine(moment.step, moment.step_count, 0))
         return {"loss": loss.detach()}
 

@@ -1,0 +1,166 @@
+"""Families trained briefly, exported, and asked over gRPC: the server answers what the trained network says."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from latentd_client import Client
+from latentd_client.errors import LatentdError
+from latentd_trainer.belief_net import Gibbs, binary_pixels, enumerate_posterior
+from latentd_trainer.checkpoint import RunRecord
+from latentd_trainer.data import Dataset, load, scale
+from latentd_trainer.export import write_bundle
+from latentd_trainer.families import Family
+from latentd_trainer.families.helmholtz import HelmholtzMachine
+from latentd_trainer.families.naive_bayes import NaiveBayes
+from latentd_trainer.families.predictability_minimization import PredictabilityMinimization
+from latentd_trainer.families.sigmoid_belief_net import SigmoidBeliefNet
+from latentd_trainer.ladder import train
+from live import Live
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "naive-bayes": {},
+    "sigmoid-belief-net": {"steps": 60, "lower": 5, "upper": 3, "sweeps": 1, "served_sweeps": 30},
+    "helmholtz": {"steps": 60, "lower": 6, "upper": 4, "draws": 3},
+    "predictability-minimization": {"steps": 200, "units": 6, "hidden": 32, "predictor_hidden": 4},
+}
+Array = np.ndarray[Any, Any]
+
+
+class Served(NamedTuple):
+    """A server with the models, a client of it, and what was trained."""
+
+    client: Client
+    families: dict[str, Family]
+    digits: Dataset
+
+    @property
+    def images(self) -> Array:
+        """Twelve held-out digits, [12, 1, 8, 8] f32."""
+        return scale(self.digits.test.pixels[:12], self.digits.info.levels)
+
+
+@pytest.fixture(scope="module", name="served")
+def trained_and_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    digits, models, families = load("digits"), tmp_path_factory.mktemp("models"), {}
+    for name, settings in SETTINGS.items():
+        family = families[name] = train(name.replace("-", "_"), settings, digits, seed=0)
+        record = RunRecord(name, {}, "digits", digits.info, 0, "fp32", 1, 1, {})
+        write_bundle(family.serving_spec(), record, datetime(2026, 1, 2, tzinfo=UTC), models=Path(models), name=name)
+    running = Live(models, max_batch_rows=16)
+    try:
+        with Client(running.serving.addresses["grpc"]) as client:
+            yield Served(client, families, digits)
+    finally:
+        running.stop()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_samples_are_their_decoded_latents(served: Served, name: str) -> None:
+    """Sample reports what it decoded: Decode of those latents, with the labels, gives the same bytes."""
+    samples = served.client.sample(name, 20, seed=3)
+    assert samples.latents is not None
+    again = served.client.decode(name, samples.latents, label=samples.labels)
+    assert again.array.tobytes() == samples.array.tobytes()
+    assert len(np.unique(samples.array.reshape(20, -1), axis=0)) > 1
+
+
+def test_naive_bayes_answers_bayes_rule(served: Served) -> None:
+    """Encode is P(y | x), Score the exact ln p(x) and ln p(x | y), Decode of zeros the mean of the class."""
+    family = served.families["naive-bayes"]
+    assert isinstance(family, NaiveBayes)
+    joint = family.model.log_joint(torch.from_numpy(served.images).flatten(1).double())
+    encoded = served.client.encode("naive-bayes", served.images)
+    assert encoded.probability is not None
+    np.testing.assert_allclose(encoded.probability, joint.softmax(dim=1), atol=1e-6)
+    whole = served.client.score("naive-bayes", served.images)
+    np.testing.assert_allclose(whole.values, joint.logsumexp(dim=1), rtol=1e-6, atol=1e-4)
+    assert whole.kind == "log-likelihood"
+    given = served.client.score("naive-bayes", served.images, label=4)
+    np.testing.assert_allclose(given.values, (joint - family.model.log_prior)[:, 4], rtol=1e-6, atol=1e-4)
+    means = served.client.decode("naive-bayes", np.zeros((10, 1, 8, 8), np.float32), label=list(range(10))).array
+    np.testing.assert_allclose(means.reshape(10, -1), family.model.mean, atol=1e-6)
+
+
+def test_naive_bayes_draws_labels_from_their_shares(served: Served) -> None:
+    """Without a label each sample has its own, and looks like its class to the posterior."""
+    samples = served.client.sample("naive-bayes", 200, seed=1)
+    posterior = served.client.encode("naive-bayes", samples.array).probability
+    assert len(np.unique(samples.labels)) == 10
+    assert (posterior.argmax(axis=1) == samples.labels).mean() > 0.7
+
+
+@pytest.mark.parametrize("name", ["sigmoid-belief-net", "helmholtz"])
+def test_bounds_come_up_to_the_exact_likelihood(served: Served, name: str) -> None:
+    """More draws give more, and never more than ln p(x) summed over all hidden states, but for chance."""
+    family = served.families[name]
+    assert isinstance(family, SigmoidBeliefNet | HelmholtzMachine)
+    exact, _ = enumerate_posterior(family.net, binary_pixels(torch.from_numpy(served.images)))
+    few, many = (served.client.score(name, served.images, draws=count, seed=2) for count in (1, 400))
+    assert many.kind == "evidence-lower-bound"
+    assert np.mean(few.values) < np.mean(many.values) < exact.mean().item() + 0.05
+    assert np.mean(many.values) > exact.mean().item() - 0.5
+
+
+def test_the_belief_net_s_posterior_is_the_exact_one(served: Served) -> None:
+    """Averaged over seeds, P(unit = 1 | x) from 30 sweeps is that of the sum over all states; draws are states."""
+    family = served.families["sigmoid-belief-net"]
+    assert isinstance(family, SigmoidBeliefNet)
+    _, exact = enumerate_posterior(family.net, binary_pixels(torch.from_numpy(served.images)))
+    answers = [served.client.encode("sigmoid-belief-net", served.images, seed=seed) for seed in range(40)]
+    found = np.mean([answer.probability for answer in answers], axis=0)
+    np.testing.assert_allclose(found, exact, atol=0.06)
+    assert set(np.unique(answers[0].array)) == {0.0, 1.0}
+    assert answers[0].array.shape == (12, 8)
+    assert Gibbs(family.net, 30).noise_shape == (31, 8)
+
+
+def test_the_recognition_net_is_what_encode_answers(served: Served) -> None:
+    """P(unit = 1 | x) of both layers, and with a seed states that decode to the mean of p(x | z1)."""
+    family = served.families["helmholtz"]
+    assert isinstance(family, HelmholtzMachine)
+    encoded = served.client.encode("helmholtz", served.images, seed=5)
+    with torch.no_grad():
+        lower = family.recognition.first(binary_pixels(torch.from_numpy(served.images))).sigmoid()
+        upper = family.recognition.second(lower).sigmoid()
+        means = 2 * family.net.bottom(torch.from_numpy(encoded.array[:, :6].copy())).sigmoid() - 1
+    np.testing.assert_allclose(encoded.probability, torch.cat([lower, upper], dim=1), atol=1e-6)
+    decoded = served.client.decode("helmholtz", encoded.array).array
+    np.testing.assert_allclose(decoded.reshape(12, -1), means, atol=1e-6)
+
+
+def test_belief_nets_draw_binary_images(served: Served) -> None:
+    """A draw has pixels of -1 and 1 alone, on as often as the mean says."""
+    for name in ("sigmoid-belief-net", "helmholtz"):
+        mean = served.client.sample(name, 300, seed=7).array
+        draw = served.client.sample(name, 300, seed=7, output="draw").array
+        assert set(np.unique(draw)) == {-1.0, 1.0}
+        assert abs(draw.mean() - mean.mean()) < 0.03
+
+
+def test_codes_are_served_and_come_back_as_images(served: Served) -> None:
+    """Encode of predictability minimization is the encoder's code; Decode takes it, ends as bits."""
+    name = "predictability-minimization"
+    family = served.families[name]
+    assert isinstance(family, PredictabilityMinimization)
+    images = torch.from_numpy(served.images)
+    code = served.client.encode(name, served.images).array
+    with torch.no_grad():
+        np.testing.assert_allclose(code, family.autoencoder.encode(images), atol=1e-6)
+        bits = (code > 0.5).astype(np.float32)
+        expected = family.autoencoder.decode(torch.from_numpy(bits))
+    np.testing.assert_allclose(served.client.decode(name, bits).array, expected, atol=1e-6)
+
+
+def test_models_without_classes_say_so(served: Served) -> None:
+    """They name no classes, and a label is refused with the reason; a code has no likelihood to score."""
+    for name in ("sigmoid-belief-net", "helmholtz", "predictability-minimization"):
+        assert not served.client.model(name).class_names
+        with pytest.raises(LatentdError, match="takes no class label"):
+            served.client.sample(name, 1, label=3)
+    with pytest.raises(LatentdError, match="Score"):
+        served.client.score("predictability-minimization", served.images)
