@@ -66,6 +66,7 @@ class CallRunner:
         self._outputs = {
             value.name: (tuple(value.spec.shape), DTYPES[value.spec.data_type]) for value in network.outputs
         }
+        self._records = False
         self.buckets = buckets
 
     @property
@@ -78,7 +79,7 @@ class CallRunner:
         self._buckets = buckets
         self._spare: dict[int, list[_Frame]] = {}  # by rows
         self._frames: dict[int, _Frame] = {}  # the first that was made of each, whose twins the others are
-        self._captures: dict[int, int] = {}  # CUDA graphs by size
+        self._captures: dict[int, int] = {}  # CUDA graphs by size, of those that were tried
 
     @property
     def held(self) -> int:
@@ -93,20 +94,27 @@ class CallRunner:
         """Nothing is kept between calls."""
 
     def warm(self) -> None:
-        """Record a CUDA graph of every size, where the device has such."""
-        if not self._graph.captures:
+        """Record a CUDA graph of every size, where the device has such; what cannot be now is at its first call."""
+        self._records = self._graph.captures
+        for size in self._buckets.sizes:
+            self._record(size)
+
+    def _record(self, size: int) -> None:
+        if not self._records or size in self._captures:
             return
-        for number, size in enumerate(self._buckets.sizes, start=1):
-            with recording(wait=True):
-                frame = self._frame(size)
+        with recording() as alone:
+            if not alone:
+                return
+            self._captures[size] = NO_CAPTURE
+            try:
+                frame = _Frame(self._graph, self._inputs, self._outputs, size, self._frames.get(size))
+                self._frames.setdefault(size, frame)
                 frame.feeds.up()
-                try:
-                    frame.bound(size).record(number)
-                except Exception as error:
-                    log.warning("no CUDA graph for calls of %d rows, kernels are launched one by one: %s", size, error)
-                else:
-                    self._captures[size] = number
-                self._spare[size].append(frame)
+                frame.bound(size).record(size)
+            except Exception as error:
+                log.warning("no CUDA graph for calls of %d rows, kernels are launched one by one: %s", size, error)
+            else:
+                self._captures[size] = size
 
     def prepare(self, segments: Sequence[Segment]) -> PreparedCall:
         """Fill a frame: the rows of each segment behind one another, zeros in the rest."""
@@ -127,6 +135,7 @@ class CallRunner:
     def run(self, prepared: PreparedCall) -> None:
         """Make the call; the answers are in the frame."""
         frame = prepared.frame
+        self._record(prepared.size)
         frame.feeds.up()
         frame.bound(prepared.size).run(self._captures.get(prepared.size, NO_CAPTURE))
         frame.answers.down()

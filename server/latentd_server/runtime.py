@@ -151,12 +151,12 @@ def compiling() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(*, wait: bool) -> Iterator[bool]:
+def recording() -> Iterator[bool]:
     """To be held while a CUDA graph is recorded, which what other threads ask of the device meanwhile can spoil.
 
-    While something is being compiled it waits, or gives False at once.
+    While something is being compiled it gives False at once: the device's thread does not wait, it records later.
     """
-    alone = _undisturbed.acquire(blocking=wait)
+    alone = _undisturbed.acquire(blocking=False)
     try:
         yield alone
     finally:

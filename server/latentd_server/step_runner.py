@@ -334,7 +334,7 @@ class StepRunner:
         """Record a CUDA graph of every size, where the device has such, and from now on whenever the state moves."""
         self._records = self._graph.captures
         for size, held in self._on_device.items():
-            self._record(size, held, wait=True)
+            self._record(size, held)
 
     def run(self, prepared: PreparedSteps) -> StepResults:
         """Write what is new, evaluate, read what is wanted."""
@@ -343,7 +343,7 @@ class StepRunner:
         if prepared.start_x is not None and prepared.start_h is not None:
             pool.write(np.array(prepared.start_slots), prepared.start_x, prepared.start_h)
         if self._graph.device.has_memory:
-            self._record(prepared.size, held, wait=False)
+            self._record(prepared.size, held)
             _upload(frame, held)
         frame.bound(prepared.size, pool.memory).run(held.capture)
         if not self._graph.device.has_memory:
@@ -353,23 +353,26 @@ class StepRunner:
         except Exception as error:  # a call that fails must leave every lane where it was, and they have moved on
             return StepResults(pool.memory, failure=error)
 
-    def _record(self, size: int, held: _OnDevice, *, wait: bool) -> None:
+    def _record(self, size: int, held: _OnDevice) -> None:
         """Record the calls of a size as a CUDA graph, anew when the state has moved.
 
         The recorded call has no lanes: all its rows are the padding's, since recording runs it several times over.
         """
         if not self._records or held.state is self._pool.memory:
             return
-        with recording(wait=wait) as alone:
+        if held.capture != NO_CAPTURE:
+            self._graph.forget(held.capture)
+            held.capture = (
+                NO_CAPTURE  # its addresses are those of the old state, whether or not it is recorded anew now
+            )
+        with recording() as alone:
             if not alone:
-                return  # a network is being compiled, which would spoil a recording; this call goes without
-            if held.capture != NO_CAPTURE:
-                self._graph.forget(held.capture)
-            held.capture, held.state = NO_CAPTURE, self._pool.memory
+                return
+            held.state = self._pool.memory
             number = next(self._captures)
-            frame = self._new_frame(size)
-            _upload(frame, held)
             try:
+                frame = self._new_frame(size)
+                _upload(frame, held)
                 frame.bound(size, self._pool.memory).record(number)
             except Exception as error:
                 log.warning("no CUDA graph for calls of %d rows, kernels are launched one by one: %s", size, error)

@@ -1,5 +1,6 @@
 """Runners: the phases of a call, the lanes' state, and who may be in which phase when."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from bundles import SHAPE, TIMESTEPS
 from latentd.v1 import bundle_pb2
-from latentd_server import samplers, step_graph
+from latentd_server import samplers, step_graph, step_runner
 from latentd_server.bundle import read
 from latentd_server.call_runner import CallRunner
 from latentd_server.certificate import Buckets
@@ -17,7 +18,7 @@ from latentd_server.job import CallJob, Noise, Start, StepJob
 from latentd_server.loading import Terms, load
 from latentd_server.noise import Purpose
 from latentd_server.runners import Outcome, evaluate
-from latentd_server.runtime import BoundGraph, CompiledGraph, Device, Memory
+from latentd_server.runtime import NO_CAPTURE, BoundGraph, CompiledGraph, Device, Memory
 from latentd_server.scheduler import Cohort, Scheduler, Segment
 from latentd_server.state_pool import Slots, StatePool
 from latentd_server.step_runner import StepRunner
@@ -302,6 +303,21 @@ def test_a_call_goes_without_a_recording_that_fails(
     apart._pool.grow(100)
     assert [as_bytes(outcome) for outcome in walked(apart, job(seed=8))] == want
     assert "kernels are launched one by one" in caplog.text
+
+
+def test_no_call_replays_what_was_recorded_for_another_pool(
+    apart: StepRunner, job: Callable[..., StepJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a network is compiled nothing can be recorded: calls go without, and are recorded once it is done."""
+    busy = [True]
+    monkeypatch.setattr(step_runner, "recording", lambda: contextlib.nullcontext(not busy[0]))
+    size = apart.padded(1)
+    apart._pool.grow(100)
+    evaluate(apart, [segment(1, job())])
+    assert apart._on_device[size].capture == NO_CAPTURE
+    busy[0] = False
+    evaluate(apart, [segment(1, job(), 1)])
+    assert apart._on_device[size].capture != NO_CAPTURE
 
 
 def test_rows_that_cannot_be_read_make_no_lane_step_twice(
