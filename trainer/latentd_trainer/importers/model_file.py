@@ -4,34 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-import numpy as np
 import yaml
 from latentd import names
 from latentd.v1 import model_pb2, tensor_pb2
-from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, ValidationError, model_validator
 
-from latentd_trainer.contract import (
-    ALLOWED_MEANINGS,
-    ALLOWED_SOURCES,
-    REQUIRED_SOURCES,
-    role_name,
-    schedule_violations,
-)
-from latentd_trainer.importers import ImportingError, noise_schedules
-from latentd_trainer.importers.words import (
-    MEANINGS,
-    SOURCES,
-    UNUSED,
-    Family,
-    Meaning,
-    Method,
-    Prediction,
-    Role,
-    Sampler,
-    Source,
-    words,
-)
+from latentd_trainer.contract import ALLOWED_MEANINGS, ALLOWED_SOURCES, REQUIRED_SOURCES, role_name
+from latentd_trainer.importers import ImportingError
+from latentd_trainer.importers.walk import Diffusion, Part
+from latentd_trainer.importers.words import MEANINGS, SOURCES, UNUSED, Family, Meaning, Method, Role, Source, words
 from latentd_trainer.spec import Role as Roles
 from latentd_trainer.spec import Source as Sources
 
@@ -47,14 +28,9 @@ _METHODS_OF_ROLE = {
         _Method.METHOD_DENOISE,
     ),
 }
-_DEFAULT_STEP_COUNT = 50
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Input(_Part):
+class Input(Part):
     """Where one input of a graph comes from. In a file `z: latent` is short for `z: {source: latent}`."""
 
     source: Source
@@ -75,7 +51,7 @@ def _short_input(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
-class GraphEntry(_Part):
+class GraphEntry(Part):
     """The inputs and outputs of one graph, whatever it is kept in."""
 
     inputs: dict[str, Annotated[Input, BeforeValidator(_short_input)]] = Field(min_length=1)
@@ -92,11 +68,11 @@ class TorchEntry(GraphEntry):
     """A graph that a function or a class makes: `package.module:name`, called with `arguments`."""
 
     module: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
     weights: Path | None = None  # safetensors, or .pt read as weights only; beside the model file
 
 
-class SampleSpec(_Part):
+class SampleSpec(Part):
     """One sample."""
 
     range: tuple[float, float] = (-1.0, 1.0)
@@ -109,72 +85,10 @@ class SampleSpec(_Part):
         return self
 
 
-class Latents(_Part):
+class Latents(Part):
     """What latents are drawn from where a request gives none."""
 
     prior: Literal["normal", "uniform"] = "normal"  # N(0, 1) or U[0, 1), for each element
-
-
-class Schedule(_Part):
-    """abar by timestep, least noisy first: by name, or as a list of betas or of abar themselves."""
-
-    kind: str | None = None
-    timesteps: int = Field(default=1000, ge=1, le=100_000)
-    beta_start: float = Field(default=1e-4, gt=0, lt=1)
-    beta_end: float = Field(default=0.02, gt=0, lt=1)
-    betas: tuple[float, ...] | None = None
-    alphas_cumprod: tuple[float, ...] | None = None
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Self:
-        given = [name for name in ("kind", "betas", "alphas_cumprod") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"must have exactly one of kind, betas, alphas_cumprod; got {', '.join(given) or 'none'}")
-        if self.kind is not None and self.kind not in noise_schedules.KINDS:
-            raise ValueError(f"kind must be one of {', '.join(noise_schedules.KINDS)}; got {self.kind!r}")
-        values = self.betas or self.alphas_cumprod or (0.5,)
-        if not all(0 <= value <= 1 for value in values):
-            raise ValueError("every value must be from 0 to 1")
-        return self
-
-    def cumulative(self) -> NDArray[np.float64]:
-        """The abar, [T] f64."""
-        if self.alphas_cumprod is not None:
-            return np.array(self.alphas_cumprod, dtype=np.float64)
-        if self.kind is not None:
-            betas = noise_schedules.betas(self.kind, self.timesteps, self.beta_start, self.beta_end)
-        else:
-            betas = np.array(self.betas, dtype=np.float64)
-        return noise_schedules.cumulative(betas)
-
-
-class Diffusion(_Part):
-    """How a denoiser is walked with."""
-
-    prediction: Prediction
-    schedule: Schedule
-    samplers: tuple[Sampler, ...] = names.SAMPLERS  # the first is the default
-    clip: bool = False  # estimates of x0 to the range of samples
-    steps: PositiveInt = _DEFAULT_STEP_COUNT
-    guidance: bool = False  # whether label -1 is the network without a label
-
-    @model_validator(mode="after")
-    def _servable(self) -> Self:
-        if violations := schedule_violations(self.spec()):
-            raise ValueError("the schedule cannot be walked along: " + "; ".join(violations))
-        return self
-
-    def spec(self) -> model_pb2.DiffusionSpec:
-        """What a bundle says of it."""
-        cumulative = self.schedule.cumulative()
-        spec = model_pb2.DiffusionSpec(
-            samplers=self.samplers,
-            prediction=self.prediction,
-            clip_denoised=self.clip,
-            default_step_count=min(self.steps, len(cumulative)),
-            guidance_supported=self.guidance,
-        )
-        return noise_schedules.with_levels(spec, cumulative)
 
 
 def _class_name(value: Any) -> Any:
@@ -187,7 +101,7 @@ def _class_name(value: Any) -> Any:
 Entry = TypeVar("Entry", bound=GraphEntry)
 
 
-class ModelFile(_Part, Generic[Entry]):
+class ModelFile(Part, Generic[Entry]):
     """Everything that a model file says."""
 
     name: str
