@@ -64,7 +64,7 @@ class _Asked(Question):
 
 
 class Multiplexer:
-    """The shared streams of one client: one, or as few as carry all that is unanswered. Belongs to one event loop.
+    """The shared streams of one client: the newest takes questions, others only answer. Belongs to one event loop.
 
     Args:
         open_stream: the RPC.
@@ -76,7 +76,7 @@ class Multiplexer:
         self._settings = settings
         self._ids = itertools.count(1)
         self._asked: dict[int, _Asked] = {}  # all that somebody waits for, by id
-        self._streams: list[_Stream] = []
+        self._streams: list[_Stream] = []  # oldest first
         self._limit = UNANSWERED
         self._understood = True  # as far as is known, the server speaks this part of the contract
 
@@ -165,8 +165,8 @@ class Multiplexer:
     def _put(self, asked: _Asked) -> None:
         if asked.answer.done():  # while it waited for its next attempt
             return
-        stream = next((stream for stream in self._streams if stream.shared.has_room), None)
-        if stream is None:
+        stream = self._streams[-1] if self._streams else None
+        if stream is None or stream.shared.retired:
             stream = _Stream(self, self._open_stream, self._settings, self._limit)
             self._streams.append(stream)
         asked.stream = stream
@@ -224,7 +224,7 @@ class _Stream:
 
     def retire(self) -> None:
         """End the stream once all that it was asked is answered."""
-        self.shared.retire()
+        self.shared.retired = True
         self._something.set()
 
     def close(self) -> None:

@@ -16,8 +16,8 @@ from latentd_client import errors
 MESSAGE_BYTES = 2**20
 """What a message holds at most. A larger request gains nothing from company, and would keep it waiting."""
 MESSAGE_REQUESTS = 256
-UNANSWERED = 512
-"""What a stream carries at most without an answer; servers take 1024 unless they are told otherwise."""
+UNANSWERED = 1024
+"""What a stream carries at most without an answer; as much as servers take unless they are told otherwise."""
 
 _ENVELOPE_BYTES = 64  # more than id, timeout, priority and the lengths around them take
 _LONGEST_TIMEOUT_S = 315_576_000_000.0  # of a protobuf Duration
@@ -57,7 +57,11 @@ class SharedStream(Generic[QuestionT]):
 
     Args:
         request_id: the `x-request-id` of the call.
-        limit: questions that it carries at most without an answer.
+        limit: questions that it carries at most without an answer. A stream that has had as many takes no more, so that
+            it ends, and makes room for others where a connection may have only so many.
+
+    Attributes:
+        retired: whether it takes no more questions; those that are there are still answered.
     """
 
     def __init__(self, request_id: str, limit: int = UNANSWERED) -> None:
@@ -69,22 +73,15 @@ class SharedStream(Generic[QuestionT]):
         self._unanswered: dict[int, QuestionT | None] = {}  # None: given up, and not yet confirmed
 
     @property
-    def has_room(self) -> bool:
-        """Whether it takes another question."""
-        return not self.retired and len(self._unanswered) < self.limit
-
-    @property
     def idle(self) -> bool:
         """Whether nothing is to be sent and no answer to come."""
         return not self._outgoing and not self._unanswered
 
-    def retire(self) -> None:
-        """Take no more questions; those that are there are still answered."""
-        self.retired = True
-
     def put(self, question: QuestionT) -> None:
         """Add a question."""
         self._outgoing[question.id] = self._unanswered[question.id] = question
+        if len(self._unanswered) >= self.limit:
+            self.retired = True
 
     def withdraw(self, question: QuestionT) -> None:
         """Nobody waits for an answer any more: do not ask, or tell the server to stop."""

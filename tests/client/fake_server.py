@@ -7,7 +7,7 @@ client that stitches a broken stream wrongly is found out by its bytes.
 import itertools
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -122,7 +122,10 @@ class FakeServer(generation_service_pb2_grpc.GenerationServiceServicer, model_se
     credentials: grpc.ServerCredentials | None = None
     knows_batches: bool = True  # of requests on a stream
     answers_in_batches: bool = True
+    answers_at_once: int = 1  # how many answers of a shared stream are waited for before they are sent
     shared_streams: int = 0
+    shared_requests: Counter[str] = field(default_factory=Counter)  # by the RPC that each stands for
+    half_closed_streams: int = 0  # shared ones that clients have ended in words
     batches_sent: list[int] = field(default_factory=list)  # their sizes
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

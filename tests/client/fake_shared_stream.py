@@ -1,7 +1,7 @@
 """The fake server's side of a Stream call that many requests share.
 
-Each request is handed to the handler of its unary call, as a call that travels inside another: what a test lets go wrong
-in `Decode` goes wrong in a decode of either kind.
+Each request is handed to the handler of its unary call, as a call that travels inside another: what a test lets go
+wrong in `Decode` goes wrong in a decode of either kind.
 """
 
 import itertools
@@ -87,7 +87,6 @@ class SharedStream:
         self._context = context
         self._answers: queue.SimpleQueue[pb.StreamResponse | None] = queue.SimpleQueue()
         self._open: dict[int, IdContext] = {}
-        self._struck = False
         context.add_callback(lambda: self._answers.put(None))
 
     def serve(
@@ -99,7 +98,9 @@ class SharedStream:
             over = False
             while not over:
                 gathered = [self._answers.get()]
-                while not self._answers.empty():
+                while gathered[-1] is not None and (
+                    len(gathered) < self._server.answers_at_once or not self._answers.empty()
+                ):
                     gathered.append(self._answers.get())
                 over = None in gathered
                 answers = [answer for answer in gathered if answer is not None]
@@ -134,7 +135,10 @@ class SharedStream:
                         assert request.id not in self._open, "an id in use"
                         assert request.id, "ids of requests are not 0"
                         id_context = self._open[request.id] = IdContext(self._context, request)
-                        work.append(pool.submit(self._answer, request, id_context))
+                        field = request.WhichOneof("request") or ""
+                        self._server.shared_requests[RPCS[field]] += 1
+                        work.append(pool.submit(self._answer, request, field, id_context))
+            self._server.half_closed_streams += 1
             futures.wait(work)
             return False
         except grpc.RpcError:  # the client is gone
@@ -142,8 +146,7 @@ class SharedStream:
         finally:
             self._answers.put(None)
 
-    def _answer(self, request: pb.StreamRequest, context: IdContext) -> None:
-        field = request.WhichOneof("request") or ""
+    def _answer(self, request: pb.StreamRequest, field: str, context: IdContext) -> None:
         answer = pb.StreamResponse(id=request.id, final=True)
         try:
             getattr(answer, field).CopyFrom(getattr(self._server, RPCS[field])(getattr(request, field), context))

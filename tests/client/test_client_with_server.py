@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_server import wait_until
 from latentd_client import (
     AsyncClient,
     Client,
@@ -30,6 +31,7 @@ from latentd_client.resume import assemble
 sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
 
 import bundles
+from live import Live
 
 
 @dataclass
@@ -63,10 +65,10 @@ class Process:
                         return
                 time.sleep(0.05)
 
-    def kill(self) -> None:
-        """End it without warning."""
+    def end(self, how: signal.Signals) -> None:
+        """End it: SIGKILL without warning, SIGTERM by a drain."""
         assert self.running is not None
-        self.running.send_signal(signal.SIGKILL)
+        self.running.send_signal(how)
         self.running.wait()
 
 
@@ -89,7 +91,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     process.start()
     yield process
     if process.running is not None and process.running.poll() is None:
-        process.kill()
+        process.end(signal.SIGKILL)
 
 
 @pytest.fixture
@@ -195,9 +197,91 @@ def test_a_killed_server_costs_nothing_but_time(process: Process) -> None:
                 loop.step()
             events = client.sample_stream("tiny-diffusion", 64, **arguments)
             seen = [next(events)]
-            process.kill()
+            process.end(signal.SIGKILL)
             process.start()
             *_, last = loop
         parts = [event for event in (*seen, *events) if isinstance(event, Samples)]
     np.testing.assert_array_equal(assemble(parts, 64).array, whole.array)
     np.testing.assert_array_equal(last.state, whole.array)
+
+
+def every_kind(client: AsyncClient, count: int) -> list[Any]:
+    """So many calls of every kind, none of which draws by chance; not yet awaited."""
+    calls: list[Any] = []
+    for seed in range(count):
+        noise = np.random.default_rng(seed).uniform(-1, 1, bundles.SHAPE).astype(np.float32)
+        calls += [
+            client.encode("tiny-vae", noise, seed=seed),
+            client.decode("tiny-vae", np.zeros(bundles.LATENT), seed=seed, output="draw"),
+            client.score("tiny-vae", noise, seed=seed),
+            client.denoise_step("tiny-diffusion", noise, 50, 20, label=1, eta=1.0, seed=seed),
+        ]
+    return calls
+
+
+def tensors(answer: Any) -> list[Any]:
+    """What an answer holds in bytes."""
+    return [getattr(answer, name, None) for name in ("array", "log_variance", "values", "state", "denoised", "noise")]
+
+
+async def test_shared_streams_change_no_answer(process: Process) -> None:
+    """200 calls of every kind at a time, with refused ones among them, give the bytes and the errors of plain calls."""
+
+    def everything(client: AsyncClient) -> list[Any]:
+        wrong = [
+            client.decode("tiny-vae", np.zeros((2, 99)), label=1),
+            client.score("tiny-vae", np.full(bundles.SHAPE, np.nan)),
+            client.encode("tiny-gan", np.zeros(bundles.SHAPE)),
+        ]
+        return [*every_kind(client, 50), *wrong]
+
+    async with AsyncClient(process.target) as plain, AsyncClient(process.target, multiplexed=True) as shared:
+        wanted = await asyncio.gather(*everything(plain), return_exceptions=True)
+        got = await asyncio.gather(*everything(shared), return_exceptions=True)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert type(ours) is type(theirs)
+        if isinstance(theirs, Exception):
+            assert str(ours) == str(theirs)
+        for one, other in zip(tensors(ours), tensors(theirs), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert {type(theirs) for theirs in wanted[200:]} <= {FieldsInvalid, MethodUnsupported}
+
+
+async def test_a_server_may_take_few_requests_on_a_stream(tmp_path: Path) -> None:
+    """Its limit on one stream is found and kept; no caller hears of it, as none would who makes plain calls."""
+    bundles.write_all(tmp_path)
+    server = Live(tmp_path, max_stream_requests=4, max_streams=8)
+    try:
+        async with AsyncClient(server.serving.addresses["grpc"], multiplexed=True) as client:
+            await client.model("tiny-vae")
+            answers = await asyncio.gather(
+                *(client.decode("tiny-vae", np.zeros((2, bundles.LATENT)), label=1) for _ in range(100))
+            )
+            assert len(answers) == 100
+            assert client._multiplexer is not None
+            assert client._multiplexer._limit == 4
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "drained"])
+async def test_callers_who_share_a_stream_outlive_their_server(process: Process, how: signal.Signals) -> None:
+    """Under steady load the server is ended and another started on its port: every call is answered, and alike."""
+    patient = Retries(max_attempts=60, max_backoff_s=0.5)
+    answers: list[Any] = []
+    over = asyncio.Event()
+    async with AsyncClient(process.target, retries=patient, multiplexed=True) as client:
+
+        async def ask() -> None:
+            while not over.is_set():
+                answers.append(await client.decode("tiny-vae", np.zeros(bundles.LATENT), label=1))
+
+        askers = [asyncio.create_task(ask()) for _ in range(20)]
+        await asyncio.to_thread(wait_until, lambda: len(answers) > 100)
+        await asyncio.to_thread(process.end, how)
+        await asyncio.to_thread(process.start)
+        before = len(answers)
+        await asyncio.to_thread(wait_until, lambda: len(answers) > before + 100)
+        over.set()
+        await asyncio.gather(*askers)
+    assert len({answer.array.tobytes() for answer in answers}) == 1
