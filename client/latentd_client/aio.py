@@ -99,7 +99,8 @@ class AsyncClient:
         priority: "high", "normal" or "low", of calls that do not say otherwise.
         multiplexed: let `encode`, `decode`, `denoise_step`, `score` and what is made of them share one stream. For
             those who make many small calls at a time: each costs the server a fraction of a call of its own, and what
-            is asked together is computed together. Answers, errors, deadlines and retries are the same.
+            is asked together is computed together. Answers, errors, deadlines and retries are the same. Samples and
+            loops have streams of their own as ever.
         channel_options: further gRPC channel options; they win over this library's.
 
     Raises:

@@ -1,8 +1,9 @@
 """Many requests of one `AsyncClient` over one Stream call, for a fraction of what a call each would cost the server.
 
 A request costs a future and a timer, no task; a stream costs two tasks. Callers notice nothing: errors, deadlines,
-retries and priorities are those of unary calls. A request that waited when its stream broke is asked again on a new
-one, and where the stream itself was refused, as by a proxy or for one answer that was too large, on a call of its own.
+retries and priorities are those of unary calls. When a stream breaks, what it leaves unanswered is asked again on a new
+one; where that cannot help, as after an answer that was too large, each is asked on a call of its own, so that the
+culprit alone fails and everybody gets the very error that a call gives.
 """
 
 import asyncio
@@ -174,7 +175,8 @@ class Multiplexer:
 
     def _again(self, failure: errors.LatentdError, left: Sequence[_Asked], *, counted: bool = True) -> None:
         """Ask anew what one failure left unanswered, all at one time and on one stream, or pass the failure on."""
-        now_s, chance = asyncio.get_running_loop().time(), random.random()
+        loop, chance = asyncio.get_running_loop(), random.random()
+        now_s = loop.time()
         for asked in left:
             error = copy.copy(failure)  # an exception has one traceback, and these are raised in many places
             try:
@@ -184,7 +186,7 @@ class Multiplexer:
             except errors.LatentdError:
                 asked.settle(error)
             else:
-                asked.timers.append(asyncio.get_running_loop().call_at(now_s + delay_s, self._put, asked))
+                asked.timers.append(loop.call_at(now_s + delay_s, self._put, asked))
             counted = False
 
     def _expire(self, asked: _Asked) -> None:
