@@ -24,7 +24,7 @@ from live import Live
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "naive-bayes": {},
-    "sigmoid-belief-net": {"steps": 60, "lower": 5, "upper": 3, "sweeps": 1, "served_sweeps": 30},
+    "sigmoid-belief-net": {"steps": 60, "lower": 5, "upper": 3, "sweeps": 1, "served_sweeps": 16},
     "helmholtz": {"steps": 60, "lower": 6, "upper": 4, "draws": 3},
     "predictability-minimization": {"steps": 200, "units": 6, "hidden": 32, "predictor_hidden": 4},
 }
@@ -107,7 +107,7 @@ def test_bounds_come_up_to_the_exact_likelihood(served: Served, name: str) -> No
 
 
 def test_the_belief_net_s_posterior_is_the_exact_one(served: Served) -> None:
-    """Averaged over seeds, P(unit = 1 | x) from 30 sweeps is that of the sum over all states; draws are states."""
+    """Averaged over seeds, P(unit = 1 | x) from 16 sweeps is that of the sum over all states; draws are states."""
     family = served.families["sigmoid-belief-net"]
     assert isinstance(family, SigmoidBeliefNet)
     _, exact = enumerate_posterior(family.net, binary_pixels(torch.from_numpy(served.images)))
@@ -116,7 +116,7 @@ def test_the_belief_net_s_posterior_is_the_exact_one(served: Served) -> None:
     np.testing.assert_allclose(found, exact, atol=0.06)
     assert set(np.unique(answers[0].array)) == {0.0, 1.0}
     assert answers[0].array.shape == (12, 8)
-    assert Gibbs(family.net, 30).noise_shape == (31, 8)
+    assert Gibbs(family.net, 16).noise_shape == (17, 8)
 
 
 def test_the_recognition_net_is_what_encode_answers(served: Served) -> None:

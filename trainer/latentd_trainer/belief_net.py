@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
-from latentd_trainer.nets import row_log
+from latentd_trainer.nets import in_whole_vectors, row_sum
 
 _LARGEST_BELOW_ONE = 1 - 2**-24  # in float32, and on the grid of uniform noise
 
@@ -36,12 +36,12 @@ def binary_pixels(images: Tensor) -> Tensor:
 
 def softplus(x: Tensor) -> Tensor:
     """Return ln(1 + e^x) of [n, width], the same for a row in every batch."""
-    return x.clamp(min=0) + row_log(1 + (-x.abs()).exp())
+    return x.clamp(min=0) + in_whole_vectors(lambda rows: (1 + (-rows.abs()).exp()).log(), x)
 
 
 def log_probability(units: Tensor, logits: Tensor) -> Tensor:
     """Natural logarithm of the probability of binary units under their logits: [n, k] f32 -> [n] f32, in nats."""
-    return (units * logits - softplus(logits)).sum(dim=1)
+    return row_sum(units * logits - softplus(logits))
 
 
 def draw(uniform: Tensor, logits: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class BeliefNet(nn.Module):
             off = logits - state[:, None] * row
             children = torch.cat([x, states[:, :lower]], dim=1)
             own = (torch.cat([logits[:, pixels:], top], dim=1) * mask).sum(dim=1)
-            chance = torch.sigmoid(own + (children * row - softplus(off + row) + softplus(off)).sum(dim=1))
+            chance = torch.sigmoid(own + row_sum(children * row - softplus(off + row) + softplus(off)))
             drawn = (point < chance).float()
             states = states + (drawn - state)[:, None] * mask
             return (states, off + drawn[:, None] * row), chance

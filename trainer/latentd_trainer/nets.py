@@ -7,15 +7,16 @@ used here: group norms, SiLU, tables read by index instead of sines, and `row_lo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from latentd_trainer.pyramid import Pyramid
 
-_LOG_ALIGNMENT = 16
+_ALIGNMENT = 16
 
 
 def norm(channels: int) -> nn.GroupNorm:
@@ -23,16 +24,29 @@ def norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(8, channels)
 
 
-def row_log(values: Tensor) -> Tensor:
-    """Natural logarithm, with a result that does not depend on where in a batch a row stands.
+def in_whole_vectors(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """An elementwise function, with results that do not depend on where in a batch a row stands.
 
-    Vectorised kernels compute the last few elements of an array in another way, some ulps off. Rows padded to a
-    whole number of vectors keep every element in the vector part.
+    Vectorised kernels compute the last few elements of an array in another way, some ulps off. Rows padded (with ones)
+    to a whole number of vectors keep every element in the vector part.
     """
     rows = values.flatten(1)
     width = rows.shape[1]
-    padded = functional.pad(rows, (0, -width % _LOG_ALIGNMENT), value=1.0)
-    return padded.log()[:, :width].reshape(values.shape)
+    padded = functional.pad(rows, (0, -width % _ALIGNMENT), value=1.0)
+    return function(padded)[:, :width].reshape(values.shape)
+
+
+def row_log(values: Tensor) -> Tensor:
+    """Natural logarithm; see `in_whole_vectors`."""
+    return in_whole_vectors(torch.log, values)
+
+
+def row_sum(values: Tensor) -> Tensor:
+    """The sum of each row, [n, width] -> [n], in an order that does not depend on where in a batch the row stands.
+
+    Kernels add up a row in vectors from the first aligned element on; padded rows are all aligned alike.
+    """
+    return functional.pad(values, (0, -values.shape[1] % _ALIGNMENT)).sum(dim=1)
 
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:

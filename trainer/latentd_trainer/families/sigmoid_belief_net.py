@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from latentd_trainer.belief_net import BeliefNet, DecoderGraph, Gibbs, binary_pixels, sample_images
 from latentd_trainer.data import DataInfo
 from latentd_trainer.families import Batch, Family, Moment, below, setting
-from latentd_trainer.nets import row_log
+from latentd_trainer.nets import row_log, row_sum
 from latentd_trainer.optimization import Updater, warm_up_then_cosine
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
 
@@ -64,7 +64,7 @@ class LogWeightGraph(nn.Module):
         probability = self.gibbs.states(x, chain)[1].clamp(_SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY)
         states = (uniform < probability).float()
         lower, upper = net.layers(states)
-        log_posterior = row_log(torch.where(states > 0, probability, 1 - probability)).sum(dim=1)
+        log_posterior = row_sum(row_log(torch.where(states > 0, probability, 1 - probability)))
         return net.log_joint(x, lower, upper) - log_posterior
 
 
