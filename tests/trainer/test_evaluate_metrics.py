@@ -148,3 +148,24 @@ def test_normal_divergence_agrees_with_its_definition() -> None:
     q, p = stats.norm(0.5, np.exp(-0.5)), stats.norm()
     assert found[0] == pytest.approx(q.expect(lambda x: q.logpdf(x) - p.logpdf(x)))
     assert found[1] == pytest.approx(0.25)
+
+
+def test_mutual_information_of_units() -> None:
+    """A copy shares ln 2, a noisy copy what Bernoulli entropies say, and independent units nothing in the mean."""
+    generator = np.random.default_rng(0)
+    coin = generator.random(40_000) < 0.5
+    noisy = coin ^ (generator.random(40_000) < 0.1)
+    assert metrics.pairwise_mutual_information(np.stack([coin, coin], 1)) == pytest.approx(np.log(2), abs=1e-3)
+    shared = np.log(2) + 0.1 * np.log(0.1) + 0.9 * np.log(0.9)
+    assert metrics.pairwise_mutual_information(np.stack([coin, noisy], 1)) == pytest.approx(shared, abs=0.01)
+    few = [metrics.pairwise_mutual_information(generator.random((50, 12)) < 0.4) for _ in range(40)]
+    assert abs(np.mean(few)) < 5e-4  # without the correction 1 / 100
+    constant = np.stack([coin[:100], np.ones(100, bool)], 1)
+    assert metrics.pairwise_mutual_information(constant) == pytest.approx(-1 / 200)
+    with pytest.raises(ValueError, match="needs two units, got 1"):
+        metrics.pairwise_mutual_information(coin[:, None])
+
+
+def test_codes_near_their_ends_are_counted() -> None:
+    """Half of these lie within .1 of 0 or of 1."""
+    assert metrics.near_binary_share(np.array([[0.0, 0.05, 0.2], [0.5, 0.95, 0.85]])) == 0.5

@@ -10,6 +10,8 @@ import pytest
 import torch
 from latentd_client import Client
 from latentd_client.errors import LatentdError
+from latentd_trainer import bundle as bundles
+from latentd_trainer import evaluate
 from latentd_trainer.belief_net import Gibbs, binary_pixels, enumerate_posterior
 from latentd_trainer.checkpoint import RunRecord
 from latentd_trainer.data import Dataset, load, scale
@@ -20,6 +22,7 @@ from latentd_trainer.families.naive_bayes import NaiveBayes
 from latentd_trainer.families.predictability_minimization import PredictabilityMinimization
 from latentd_trainer.families.sigmoid_belief_net import SigmoidBeliefNet
 from latentd_trainer.ladder import train
+from latentd_trainer.served import Graphs
 from live import Live
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -37,6 +40,7 @@ class Served(NamedTuple):
     client: Client
     families: dict[str, Family]
     digits: Dataset
+    models: Path
 
     @property
     def images(self) -> Array:
@@ -54,7 +58,7 @@ def trained_and_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     running = Live(models, max_batch_rows=16)
     try:
         with Client(running.serving.addresses["grpc"]) as client:
-            yield Served(client, families, digits)
+            yield Served(client, families, digits, models)
     finally:
         running.stop()
 
@@ -164,3 +168,30 @@ def test_models_without_classes_say_so(served: Served) -> None:
             served.client.sample(name, 1, label=3)
     with pytest.raises(LatentdError, match="Score"):
         served.client.score("predictability-minimization", served.images)
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics"),
+    [
+        ("naive-bayes", {"log-likelihood", "accuracy"}),
+        ("sigmoid-belief-net", {"elbo", "iwae-4", "bits-per-dimension"}),
+        ("helmholtz", {"elbo", "iwae-4", "bits-per-dimension"}),
+        ("predictability-minimization", {"reconstruction-error", "code-mutual-information", "near-binary-share"}),
+    ],
+)
+def test_evaluation_measures_what_a_family_has(
+    served: Served, name: str, metrics: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact likelihood and accuracy, bounds, or codes: by the bundle's graphs, and nothing that it has not."""
+    monkeypatch.setattr(evaluate, "BOUND_DRAWS", 4)
+    directory = served.models / name / "1"
+    found = evaluate.likelihood(Graphs(directory, bundles.read(directory), 1), served.digits, 0)
+    assert found.keys() == metrics
+    assert np.isfinite(list(found.values())).all()
+    if name == "naive-bayes":
+        family = served.families[name]
+        assert isinstance(family, NaiveBayes)
+        images = torch.from_numpy(scale(served.digits.test.pixels, 17)).flatten(1).double()
+        exact = family.model.log_joint(images).logsumexp(dim=1).mean().item()
+        assert found["log-likelihood"] == pytest.approx(exact, abs=1e-3)
+        assert found["accuracy"] >= 0.9
