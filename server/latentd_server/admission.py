@@ -191,11 +191,6 @@ class Admission:
             if not flows:
                 del self._flows[ticket.key]
 
-    def least_s(self, key: GraphKey, rows: int, now_s: float) -> float:
-        """What a call of a graph takes at least, in seconds; 0 if none was timed lately."""
-        costs = self._costs.get(key)
-        return costs.least(rows, now_s) if costs is not None else 0.0
-
     def forget_model(self, model: str) -> None:
         """Forget what the graphs of a model cost; its last job must be over."""
         for key in [key for key in self._costs if key[0] == model]:

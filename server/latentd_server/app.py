@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import platform
@@ -180,6 +181,7 @@ async def serving(config: Config, device: Device, points: Points | None = None) 
 
 async def _load(registry: Registry, health: Health, config: Config) -> None:
     await registry.load_all()
+    _tune_collector()
     _return_memory()
     health.all_loaded()
     if why_not := health.why_not_serving:
@@ -307,6 +309,16 @@ def _return_memory() -> None:
     """Give back what loading took and freed, which glibc would keep for the size of messages to come."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _tune_collector() -> None:
+    """Let the garbage collector pass over what stays, and look at what comes and goes less often.
+
+    Requests leave next to no cycles behind, and looking for them took some eight per cent of a small request.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 def _tune_malloc() -> None:

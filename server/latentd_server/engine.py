@@ -57,6 +57,9 @@ class EngineMetrics(SelfCheckMetrics, Protocol):
 WORTH_HIDING = 2.0
 """A call hides the host work of its neighbours if it takes so many times as long as that, for handing work over to
 another thread takes time too; and the work is begun that long before the call is over."""
+SHORTEST_S = 0.0005
+"""Calls no longer than this hide nothing."""
+_FORGETTING = 1.01  # the fastest call is believed to be slower by this at every other call
 _NEWEST = 0.1  # weight of the newest in running means
 
 
@@ -126,6 +129,7 @@ class Engine:
         self._self_check = SelfCheck(metrics, self_check_interval_s)
         self._outbox: list[tuple[int, Event]] = []
         self._host_s: dict[GraphKey, float] = {}  # a running mean of what it takes to make a call ready
+        self._fastest_s: dict[tuple[GraphKey, int], float] = {}  # calls, by size
         self._busy_until_s = 0.0  # when the call before landed
         self._lookahead: Lookahead[tuple[Flight | None, bool]] = Lookahead("latentd-lookahead")
         self._vain_batches = 0  # in a row, that failed for every segment even alone
@@ -298,7 +302,7 @@ class Engine:
                             self._self_check.step(self._runners, self._clock())
                         continue
                 self._scheduler.depart(flight.batch, flight.expected_s)
-                if flight.expected_s <= WORTH_HIDING * self._host_s.get(flight.batch.key, 0.0):
+                if flight.expected_s <= max(SHORTEST_S, WORTH_HIDING * self._host_s.get(flight.batch.key, 0.0)):
                     if landing is not None:
                         self._land(landing)
                     self._fly(flight)
@@ -357,8 +361,7 @@ class Engine:
         except Exception as error:
             flight.failure = error
         now_s = self._clock()
-        # At least: a typical call may have waited for the interpreter more than for the device.
-        flight.expected_s = self._admission.least_s(batch.key, flight.size, now_s)
+        flight.expected_s = self._fastest_s.get((batch.key, flight.size), 0.0)
         host_s = self._host_s.get(batch.key, now_s - began_s)
         self._host_s[batch.key] = host_s + _NEWEST * (now_s - began_s - host_s)
         return flight
@@ -374,6 +377,9 @@ class Engine:
             flight.failure = error
         flight.landed_s = self._clock()
         self._lookahead.over()
+        # The fastest, since others may have waited for the interpreter; it is forgotten slowly.
+        call_s, timed = flight.landed_s - flight.departed_s, (flight.batch.key, flight.size)
+        self._fastest_s[timed] = min(call_s, _FORGETTING * self._fastest_s.get(timed, call_s))
 
     def _land(self, flight: Flight) -> None:
         """Move the lanes of a call on, and tell what came of it."""
@@ -450,6 +456,7 @@ class Engine:
     def _let_go(self, model: str) -> None:
         self._self_check.end(model, self._runners)
         self._runners = {key: runner for key, runner in self._runners.items() if key[0] != model}
+        self._fastest_s = {timed: each for timed, each in self._fastest_s.items() if timed[0][0] != model}
         with self._admission_lock:
             self._admission.forget_model(model)
 

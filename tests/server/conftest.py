@@ -67,4 +67,5 @@ def call_length(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "long-calls":
             patch.setattr(engine, "WORTH_HIDING", 0.0)
+            patch.setattr(engine, "SHORTEST_S", 0.0)
         yield request.param

@@ -137,6 +137,7 @@ class Bench:
 async def bench(root: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
     """With calls too short to do host work beside them, as these are, and as if they were long enough."""
     monkeypatch.setattr(engine_module, "WORTH_HIDING", request.param)
+    monkeypatch.setattr(engine_module, "SHORTEST_S", 0.0)
     bench = await Bench.start(root)
     yield bench
     assert (bench.engine.backlog, bench.engine.queue_depth) == (0, 0), "at rest nothing is outstanding"

@@ -1,7 +1,6 @@
 """Noise that graphs are fed: several inputs of it in one graph, and latents with a uniform prior."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
