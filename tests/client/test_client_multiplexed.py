@@ -290,6 +290,21 @@ async def test_close_fails_what_is_open(server: FakeServer) -> None:
     assert len(server.requests("Score")) == 1
 
 
+async def test_what_is_settled_while_it_waits_is_not_asked_again(client: AsyncClient, server: FakeServer) -> None:
+    """The next attempt may fall due at the very moment at which the caller is told that there will be none."""
+    server.fail("Score", Fault(details=[info(Reason.OVERLOADED), retry_after(0.9)]))
+    paused = asyncio.create_task(client.score("toy", np.zeros(SHAPE)))
+    await until(lambda: server.requests("Score") and waiting_at_all(client) == 0)
+    multiplexer = client._multiplexer
+    assert multiplexer is not None
+    (asked,) = multiplexer._asked.values()
+    asked.settle(Cancelled("no more"))
+    multiplexer._put(asked)
+    assert waiting_at_all(client) == 0
+    with pytest.raises(Cancelled, match="no more"):
+        await paused
+
+
 async def test_streams_that_are_full_give_way(client: AsyncClient, server: FakeServer) -> None:
     """More calls than one stream may carry take several, and all but the newest end."""
     assert client._multiplexer is not None
