@@ -4,7 +4,6 @@ Elements travel raw: row-major, little-endian, no padding, no header.
 """
 
 import math
-import sys
 from typing import Any
 
 import numpy as np
