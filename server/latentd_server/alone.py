@@ -48,11 +48,14 @@ class Alone:
 
     def run(self, prepared: _Calls) -> dict[_Key, tuple[Any, Any]]:
         """Make the calls one by one; those that were made before another one failed are not made again."""
+        results: dict[_Key, tuple[Any, Any]] = {}
         for riders in prepared:
             for key, call in riders:
-                if key not in self._done:
-                    self._done[key] = call, self._runner.run(call)
-        return {key: self._done[key] for riders in prepared for key, _ in riders}
+                made = self._done.get(key)  # once, for its job may be forgotten meanwhile
+                if made is None:
+                    made = self._done[key] = call, self._runner.run(call)
+                results[key] = made
+        return results
 
     def finish(self, prepared: _Calls, results: dict[_Key, tuple[Any, Any]]) -> list[Outcome]:
         """One outcome a segment; what is done is forgotten with it."""

@@ -377,6 +377,8 @@ class Engine:
             flight.failure = error
         flight.landed_s = self._clock()
         self._lookahead.over()
+        if flight.failure is not None:
+            return  # a failure says nothing of how long a call takes
         # The fastest, since others may have waited for the interpreter; it is forgotten slowly.
         call_s, timed = flight.landed_s - flight.departed_s, (flight.batch.key, flight.size)
         self._fastest_s[timed] = min(call_s, _FORGETTING * self._fastest_s.get(timed, call_s))
@@ -423,7 +425,7 @@ class Engine:
 
     def _take_commands(self, *, wait: bool = True) -> bool:
         """Carry out what has been asked for, waiting for it if there is nothing else to do; False to stop."""
-        block = wait and not self._scheduler.can_ride and not self._may_check
+        block = wait and not self._scheduler.can_ride and not self._may_check and not self._newcomers
         timeout = None
         if block and (deadline := self._scheduler.next_deadline_s()) is not None:
             timeout = min(max(0.0, deadline - self._clock()), _LONGEST_WAIT_S)
@@ -455,7 +457,9 @@ class Engine:
 
     def _let_go(self, model: str) -> None:
         self._self_check.end(model, self._runners)
-        self._runners = {key: runner for key, runner in self._runners.items() if key[0] != model}
+        for runners in (self._runners, *(newcomers for newcomers, _ in self._newcomers)):
+            for key in [key for key in runners if key[0] == model]:
+                del runners[key]
         self._fastest_s = {timed: each for timed, each in self._fastest_s.items() if timed[0][0] != model}
         with self._admission_lock:
             self._admission.forget_model(model)
@@ -475,7 +479,11 @@ class Engine:
         outcomes = []
         for segment in batch.segments:
             outcome = Outcome()
-            if runner is None or segment.entry.job_id in failures:
+            if self._scheduler.find(segment.entry.job_id) is not segment.entry:
+                # It left during the call, and its lanes have no slots any more. Of the call something may be kept.
+                if runner is not None:
+                    runner.forget(segment.entry.job_id)
+            elif runner is None or segment.entry.job_id in failures:
                 failures.setdefault(segment.entry.job_id, RuntimeFailureError(batch.key[0]))
             else:
                 try:

@@ -95,6 +95,23 @@ def test_forgetting_a_job_forgets_what_it_had_done() -> None:
     assert inner.steps[0, 0] == 2
 
 
+def test_a_job_may_be_forgotten_during_its_call() -> None:
+    """The call gives what it gives, and nothing of it stays."""
+    inner = Counting()
+    alone, batch = Alone(inner), segments(2, 1)
+    run = inner.run
+
+    def forgetting(prepared: tuple[int, int]) -> Array:
+        if prepared == (0, 1):
+            alone.forget(0)
+        return run(prepared)
+
+    inner.run = forgetting  # type: ignore[method-assign]
+    outcomes = evaluate(alone, batch)
+    assert [outcome.outputs["y"].tolist() for outcome in outcomes if outcome.outputs][1] == [[1, 0]]
+    assert not alone._done
+
+
 def test_nothing_is_padded() -> None:
     """Rows of the batch are the rows of its calls."""
     assert Alone(Counting()).padded(5) == 5
