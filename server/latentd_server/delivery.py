@@ -154,9 +154,13 @@ class Outbox:
     def _packed(self, first: Message, size: int) -> tuple[Any, int]:
         """One message of the first and those that wait behind it, as far as they are made already."""
         messages = [first]
+        packed = size or first.ByteSize()  # what was made just now is counted nowhere else
         while self._waiting and len(messages) < _PACK_MESSAGES:
             message, its_size = self._waiting[0]
-            if not isinstance(message, Message) or size + its_size > _PACK_BYTES:
+            if not isinstance(message, Message):
+                break
+            packed += its_size or message.ByteSize()
+            if packed > _PACK_BYTES:
                 break
             self._waiting.popleft()
             messages.append(message)

@@ -163,8 +163,8 @@ class Exchange(ABC):
 
     @property
     def busy(self) -> bool:
-        """Whether the engine still does something for it."""
-        return self._job_id is not None
+        """Whether it goes on by itself. Without steps to take that is until its last answer, whose job is over."""
+        return True
 
     def pause(self, paused: bool) -> None:
         """Let its job, and the jobs that follow it, sit out, or ride again."""

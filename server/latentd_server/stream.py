@@ -119,6 +119,7 @@ class Session:
             self._take_up(request)
             if number % _TURN_REQUESTS == 0:
                 await asyncio.sleep(0)
+                await self._outbox.room()
 
     def _take_up(self, request: pb.StreamRequest) -> None:
         """Begin what a message asks for. Whatever is wrong with it is answered, never raised."""

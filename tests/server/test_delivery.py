@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from google.protobuf.wrappers_pb2 import Int32Value
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 from latentd_server.delivery import Outbox, Previews
 from latentd_server.failures import ReaderTooSlowError
 from latentd_server.job import Preview
@@ -276,9 +276,24 @@ async def test_what_waits_is_packed_up_to_about_a_mebibyte() -> None:
     """In order; what is made later, and what would make the message too big, goes out on its own or in the next."""
     outbox = box(limit_bytes=2**30)
     outbox.pack = lambda messages: Int32Value(value=int("".join(str(message.value) for message in messages)))
-    for value, size in ((1, 0), (2, 2**19), (3, 2**19), (4, 1), (5, 0)):
+    for value, size in ((1, 0), (2, 2**19), (3, 2**19 - 2), (4, 1), (5, 0)):
         outbox.put(message(value), size)
     outbox.put_source(lambda: [message(6), message(7)])
     outbox.put(message(8))
     outbox.close()
     assert await rest(outbox) == [123, 45, 678]
+
+
+async def test_what_is_made_when_its_turn_comes_is_packed_by_its_size_too() -> None:
+    """Large previews do not make one message that is larger than a client takes."""
+    outbox = box()
+
+    def pack(messages: list[StringValue]) -> StringValue:
+        return StringValue(value="".join(message.value for message in messages))
+
+    outbox.pack = pack
+    outbox.put_source(lambda: [StringValue(value="x" * 2**18) for _ in range(16)])
+    outbox.close()
+    sizes = [entry.ByteSize() async for entry in outbox]
+    assert len(sizes) == 6, "three fit into each message"
+    assert max(sizes) <= 2**20

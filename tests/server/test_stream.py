@@ -200,6 +200,21 @@ async def test_half_close_finishes_what_was_accepted(call: Any, engine: ManualEn
     assert await call.code() is grpc.StatusCode.OK
 
 
+async def test_half_close_lets_an_answer_of_several_messages_end(call: Any, engine: ManualEngine) -> None:
+    """The job is over when the first of them is sent, and what it was asked for is not all there yet."""
+    await call.write(Request(id=1, sample=pb.SampleRequest(model=V, sample_count=3)))
+    await call.done_writing()
+    await until(lambda: engine.jobs)
+    await asyncio.sleep(0.05)  # for the half-close to be heard
+    images, latents = np.zeros((3, 1, 512, 512), np.float32), np.zeros((3, LATENT), np.float32)
+    engine.finish(1, None, {"sample": images, "z": latents})
+    messages = [await call.read() for _ in range(4)]
+    assert [message.final for message in messages] == [False, False, False, True]
+    assert [list(message.sample.result.sample_indices) for message in messages[1:]] == [[0], [1], [2]]
+    assert await call.read() is aio.EOF
+    assert await call.code() is grpc.StatusCode.OK
+
+
 async def test_a_cancelled_stream_takes_its_jobs_along(served: Front, call: Any, engine: ManualEngine) -> None:
     """Every unfinished id leaves the engine and is counted once."""
     for request_id in (1, 2):
@@ -454,6 +469,20 @@ async def test_requests_of_one_message_are_taken_up_as_if_each_had_come_alone(ca
         (2, True, "FIELD_INVALID"),
         (0, True, "FIELD_INVALID"),
     ]
+
+
+async def test_a_batch_waits_for_its_reader_as_requests_do_that_come_alone(served: Front) -> None:
+    """A few bytes are a request, and its refusal takes kilobytes until it is read."""
+    call = Bounded(served.stub.Stream())
+    await call.write(batch(*[Request()] * 20_000))
+    await until(lambda: served.service._sessions)
+    (session,) = served.service._sessions
+    most, seen = 0, 0
+    while seen < 20_000:
+        most = max(most, len(session._outbox._waiting))
+        seen += len((await call.read()).batch.responses) or 1
+    assert most < 100
+    call.cancel()
 
 
 async def test_answers_that_are_ready_together_come_in_one_message(call: Any, engine: ManualEngine) -> None:
