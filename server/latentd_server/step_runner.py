@@ -382,7 +382,7 @@ class StepRunner:
     # ---- after the call: host work only ------------------------------------------------------------------------
 
     def finish(self, prepared: PreparedSteps, results: StepResults) -> list[Outcome]:
-        """Hand out previews and finished lanes, whose slots are free from now on."""
+        """Hand out previews and finished lanes, whose slots are free from now on and whose noise is gone."""
         if results.failure is not None:
             raise results.failure
         outcomes = [_UNDER_WAY] * prepared.segments
@@ -403,10 +403,11 @@ class StepRunner:
         return self._pool.read(memory, name, prepared.reads[name])
 
     def _free(self, walk: _Walk, lanes: slice) -> None:
-        for slot in walk.slots[lanes]:
-            if slot >= 0:
-                self._slots.free(slot)
-        walk.slots[lanes] = [-1] * len(walk.slots[lanes])
+        for lane in range(*lanes.indices(len(walk.slots))):
+            if walk.slots[lane] >= 0:
+                self._slots.free(walk.slots[lane])
+                walk.slots[lane] = -1
+                walk.noise.pop(lane, None)
 
 
 def _upload(frame: _Frame, held: _OnDevice) -> None:

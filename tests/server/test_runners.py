@@ -128,6 +128,19 @@ def test_a_finished_lane_frees_its_slot_and_a_forgotten_one_too(steps: StepRunne
     assert steps._pool.capacity == 1 + 2, "two lanes and the padding never needed more room"
 
 
+def test_a_finished_lane_keeps_no_noise(steps: StepRunner, job: Callable[..., StepJob]) -> None:
+    """Or a job of many lanes would keep a row or more of each until the last of them is done."""
+    walk = job("ddpm", 4, lanes=2)
+    everybody = segment(1, walk)
+    for position in range(length(walk)):
+        first = Segment(everybody.entry, Cohort(0, 1, position), 1, 1)
+        assert not position or steps._walks[1].noise[0]._rows
+        evaluate(steps, [first])
+    assert 0 not in steps._walks[1].noise
+    steps.forget(1)
+    assert steps.held == 0
+
+
 def test_the_pool_grows_under_lanes_on_their_way(steps: StepRunner, job: Callable[..., StepJob]) -> None:
     """When the state moves to a larger pool, lanes keep theirs, and what is still read from the old one is intact."""
     first = job(lanes=2, seed=5)
