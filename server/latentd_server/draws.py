@@ -74,7 +74,7 @@ class StepNoise:
 
     def take(self, rows: NDArray[np.float32]) -> None:
         """What was asked for, [k, size] f32."""
-        self._rows.extend(rows)
+        self._rows.extend(row.copy() for row in rows)  # a view would keep the rows of all other lanes alive
 
 
 def draw_steps(lanes: Sequence[tuple[StepNoise, int]], draws: Draws, size: int) -> NDArray[np.float32]:

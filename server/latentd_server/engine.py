@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -325,10 +326,12 @@ class Engine:
     def _is_stale(self, flight: Flight) -> bool:
         """Whether a job has left since its lanes were given a seat: it must ride no more."""
         due_s = self._scheduler.next_deadline_s()
-        if due_s is not None and due_s <= self._clock():
-            return True
-        leavers = self._leavers.copy()
-        return bool(leavers) and any(segment.entry.job_id in leavers for segment in flight.batch.segments)
+        late, leavers = due_s is not None and due_s <= self._clock(), self._leavers.copy()
+        if not late and not leavers:
+            return False
+        now_s = self._clock()
+        entries = [segment.entry for segment in flight.batch.segments]
+        return any(entry.job_id in leavers or (entry.deadline_s or math.inf) <= now_s for entry in entries)
 
     def _meanwhile(self, landing: Flight | None, flight: Flight) -> tuple[Flight | None, bool]:
         """The host work beside a call: deal with the one before, then make the next one ready, as late as may be, for
@@ -460,7 +463,10 @@ class Engine:
         for runners in (self._runners, *(newcomers for newcomers, _ in self._newcomers)):
             for key in [key for key in runners if key[0] == model]:
                 del runners[key]
-        self._fastest_s = {timed: each for timed, each in self._fastest_s.items() if timed[0][0] != model}
+        for timed in [timed for timed in list(self._fastest_s) if timed[0][0] == model]:
+            del self._fastest_s[timed]
+        for key in [key for key in list(self._host_s) if key[0] == model]:
+            del self._host_s[key]
         with self._admission_lock:
             self._admission.forget_model(model)
 

@@ -333,6 +333,11 @@ class LoopExchange(Exchange):
         self._step = step
 
     @property
+    def bytes_ahead(self) -> int:
+        """What the steps that are lined up brought with them."""
+        return sum(request.ByteSize() for request, _ in self._ahead)
+
+    @property
     def steps_ahead(self) -> int:
         """Steps under way or lined up."""
         return len(self._ahead) + (self._step is not None)

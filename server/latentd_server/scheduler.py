@@ -22,7 +22,7 @@ The rules:
 
 import heapq
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import TypeAlias
@@ -78,6 +78,7 @@ class Entry:
     deadline_s: float | None
     cohorts: list[Cohort]  # waiting to ride, furthest along first
     riding: int = 0  # lanes in batches that have not landed
+    arrival: int = 0  # number in the order of arrival
     paused: bool = False
     ready: bool = False  # has lanes that may ride; kept by the scheduler
     key: GraphKey = field(init=False)
@@ -154,13 +155,29 @@ class _Caller:
 
     weight: float
     served: float  # rows by weight, on the clock of its flow's `level`
-    entries: dict[int, Entry] = field(default_factory=dict)  # in order of arrival
+    entries: dict[int, Entry] = field(default_factory=dict)  # in order of arrival, unless `shuffled`
+    paused: dict[int, Entry] = field(default_factory=dict)  # apart, so that nobody has to pass over them at every plan
+    shuffled: bool = False  # one came back from a pause
     ready: int = 0  # entries with lanes that may ride
+
+    def in_order(self) -> Iterable[Entry]:
+        """Those that are not paused, in order of arrival."""
+        if self.shuffled:
+            self.entries = dict(sorted(self.entries.items(), key=lambda item: item[1].arrival))
+            self.shuffled = False
+        return self.entries.values()
+
+    def pause(self, entry: Entry, paused: bool) -> None:
+        """Put an entry apart, or back among the others."""
+        here, there = (self.entries, self.paused) if paused else (self.paused, self.entries)
+        if here.pop(entry.job_id, None) is not None:
+            there[entry.job_id] = entry
+            self.shuffled |= not paused
 
     def wanted(self, most: int) -> int:
         """Rows that its lanes could take now, counted up to `most`."""
         rows = 0
-        for entry in self.entries.values():
+        for entry in self.in_order():
             if entry.ready:
                 rows += entry.waiting_rows
                 if rows >= most:
@@ -221,6 +238,7 @@ class Scheduler:
         self._ready: list[Flow] = []  # those with lanes that may ride
         self._level_s = 0.0  # the clock of the flow that led last, as it set off; where newcomers start
         self._entries: dict[int, Entry] = {}
+        self._arrivals = 0
         self._deadlines: list[tuple[float, int]] = []  # a heap; jobs that are gone stay in it until they come up
 
     def __repr__(self) -> str:
@@ -245,6 +263,7 @@ class Scheduler:
     ) -> Entry:
         """Put a job on the books."""
         entry = Entry(job_id, job, caller, priority, now_s, deadline_s, [Cohort(0, job.lane_count, 0)])
+        entry.arrival = self._arrivals = self._arrivals + 1
         queue = self._queues.get(entry.key)
         if queue is None:
             queue = self._queues[entry.key] = _Queue(entry.key)
@@ -271,8 +290,8 @@ class Scheduler:
         self._refresh(entry)
         callers = self._queues[entry.key].flows[entry.priority].callers
         caller = callers[entry.caller]
-        del caller.entries[job_id]
-        if not caller.entries:
+        (caller.paused if entry.paused else caller.entries).pop(job_id)
+        if not caller.entries and not caller.paused:
             del callers[entry.caller]
         return wasted
 
@@ -312,8 +331,9 @@ class Scheduler:
     def pause(self, job_id: int, paused: bool) -> None:
         """Let a job's lanes sit out, or ride again."""
         entry = self._entries.get(job_id)
-        if entry is not None:
+        if entry is not None and entry.paused != paused:
             entry.paused = paused
+            self._queues[entry.key].flows[entry.priority].callers[entry.caller].pause(entry, paused)
             self._refresh(entry)
 
     def expired(self, now_s: float) -> list[int]:
@@ -415,7 +435,7 @@ class Scheduler:
         """Seat a caller's lanes, oldest jobs first; where a lane does not fit, end or pass over it."""
         left = rows
         paid: int | None = None
-        for entry in caller.entries.values():
+        for entry in caller.in_order():
             if not left:
                 break
             per_lane = entry.rows_per_lane

@@ -36,6 +36,8 @@ from latentd_server.priority import of_field
 
 OUTBOX_BYTES = 8 * 2**20
 """What may wait for a reader before the jobs it waits for sit out."""
+AHEAD_BYTES = 8 * 2**20
+"""What may be lined up behind the steps under way of a stream's loops."""
 
 
 _TURN_REQUESTS = 64
@@ -157,9 +159,19 @@ class Session:
             self._refuse(request.id, "take_step", f"the loop's {exchange.steps_left} last steps are under way already")
         else:
             try:
+                self._check_ahead(exchange, request.take_step)
                 exchange.take_step(request.take_step, self._deadline_of(request))
             except Exception as error:
                 exchange.reply.fail(error)
+
+    def _check_ahead(self, exchange: LoopExchange, step: pb.TakeStep) -> None:
+        """States may be sent ahead of the steps that use them, but not without end: they are in no backlog."""
+        if not exchange.busy or not step.noisy_samples.data:
+            return
+        held = sum(other.bytes_ahead for other in self._open.values() if isinstance(other, LoopExchange))
+        if held + step.ByteSize() > AHEAD_BYTES:
+            most = AHEAD_BYTES // 2**20
+            raise QuotaExceededError("stream", f"the loops of a stream may have {most} MiB of steps lined up at most")
 
     def _refuse(self, request_id: int, path: str, description: str) -> None:
         """Answer a message that was not taken up; a request that is under way with its id goes on."""

@@ -550,3 +550,23 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_job_that_comes_back_from_a_pause_has_its_place_again() -> None:
+    """First come, first served within a caller, whoever sat out meanwhile; the paused are passed over."""
+    scheduler = Scheduler(2)
+    for job_id in (1, 2, 3):
+        scheduler.add(job_id, steps(2, 3), "a", 0.0)
+    scheduler.pause(1, True)
+    scheduler.pause(1, True)
+    first = scheduler.plan(0.0)
+    assert first is not None
+    assert [segment.entry.job_id for segment in first.segments] == [2]
+    scheduler.pause(1, False)
+    scheduler.complete(first, 1.0)
+    second = scheduler.plan(0.0)
+    assert second is not None
+    assert [segment.entry.job_id for segment in second.segments] == [1]
+    scheduler.pause(3, True)
+    scheduler.remove(3)
+    assert len(scheduler) == 2

@@ -16,7 +16,7 @@ from grpc import aio
 from latentd import tensor
 from latentd.names import PRIORITY_KEY
 from latentd.v1 import generation_service_pb2 as pb
-from latentd_server import failures
+from latentd_server import failures, stream
 from latentd_server.plans import Limits
 from manual_engine import ManualEngine
 
@@ -530,3 +530,19 @@ async def test_a_priority_this_version_does_not_know_is_refused(call: Any, engin
     assert "priority: must be one of PRIORITY_HIGH, PRIORITY_NORMAL, PRIORITY_LOW; got 9" in refused.error.message
     await call.write(Request(id=1, decode=DECODE))
     await until(lambda: len(engine.jobs) == 1)
+
+
+async def test_states_sent_ahead_are_bounded(call: Any, engine: ManualEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lined up behind a step is in no backlog, so a loop that lines up too much is over."""
+    monkeypatch.setattr(stream, "AHEAD_BYTES", 200)
+    await call.write(Request(id=1, open_denoise=pb.SampleRequest(model=D, diffusion=pb.DiffusionOptions(step_count=9))))
+    assert (await call.read()).HasField("loop")
+    state = tensor.encode(np.zeros((1, *SHAPE), np.float32))
+    for step in (pb.TakeStep(noisy_samples=state), pb.TakeStep(), pb.TakeStep(noisy_samples=state)):
+        await call.write(Request(id=1, take_step=step))
+    await until(lambda: engine.jobs)
+    await call.write(Request(id=1, take_step=pb.TakeStep(noisy_samples=state, state_requested=False)))
+    await call.write(Request(id=1, take_step=pb.TakeStep(noisy_samples=state)))
+    refused = await call.read()
+    assert refused.final
+    assert reason(refused) == "QUOTA_EXCEEDED"
