@@ -123,7 +123,7 @@ def show(console: Console, model: model_pb2.Model, bars: Sequence[Bar]) -> None:
 def _figure(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.2g}"
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) >= 0.01 or not value else f"{value:.2g}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
