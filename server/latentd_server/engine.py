@@ -309,6 +309,7 @@ class Engine:
                     self._fly(flight)
                     landing, flight = flight, None
                     continue
+                flight.departed_s = self._clock()  # or nearly: the other thread goes by it at once
                 self._lookahead.begin(partial(self._meanwhile, landing, flight))
                 self._fly(flight)
                 following, go_on = self._lookahead.end()
