@@ -314,11 +314,12 @@ def _return_memory() -> None:
 def _tune_collector() -> None:
     """Let the garbage collector pass over what stays, and look at what comes and goes less often.
 
-    Requests leave next to no cycles behind, and looking for them took some eight per cent of a small request.
+    Requests leave next to no cycles behind, and looking for them took some eight per cent of a small request. Broken
+    calls do leave some, with what waited for their readers: ten times as rarely let memory grow by 120 KB a crashed client.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 100)
+    gc.set_threshold(2_000, 10, 10)
 
 
 def _tune_malloc() -> None:
