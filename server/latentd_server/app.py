@@ -315,7 +315,8 @@ def _tune_collector() -> None:
     """Let the garbage collector pass over what stays, and look at what comes and goes less often.
 
     Requests leave next to no cycles behind, and looking for them took some eight per cent of a small request. Broken
-    calls do leave some, with what waited for their readers: ten times as rarely let memory grow by 120 KB a crashed client.
+    calls do leave some, with what waited for their readers: looking ten times as rarely as here let memory grow by
+    120 KB for each client that crashed.
     """
     gc.collect()
     gc.freeze()
