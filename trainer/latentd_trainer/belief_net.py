@@ -40,7 +40,11 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def log_probability(units: Tensor, logits: Tensor) -> Tensor:
-    """Natural logarithm of the probability of binary units under their logits: [n, k] f32 -> [n] f32, in nats."""
+    """Natural logarithm of the probability of binary units under their logits: [n, k] -> [n], in nats.
+
+    In the logits' precision, and in float32 where that is less.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return row_sum(units * logits - softplus(logits))
 
 
@@ -83,8 +87,8 @@ class BeliefNet(nn.Module):
         return whole[:, :count], whole[:, count:]
 
     def log_joint(self, x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-        """Return ln p(x, z1, z2): [n, pixels], [n, lower], [n, upper] f32 -> [n] f32, in nats."""
-        given = log_probability(x, self.bottom(lower).float()) + log_probability(lower, self.middle(upper).float())
+        """Return ln p(x, z1, z2): [n, pixels], [n, lower], [n, upper] -> [n], in nats."""
+        given = log_probability(x, self.bottom(lower)) + log_probability(lower, self.middle(upper))
         return given + log_probability(upper, self.top.expand_as(upper))
 
     def dream(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,12 +225,12 @@ def enumerate_posterior(net: BeliefNet, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         net: of at most some 20 hidden units.
-        x: [n, pixels] f32 of 0 and 1.
+        x: [n, pixels] of 0 and 1, f32, or f64 for a net of that.
 
     Returns:
-        [n] f32 in nats, and [n, lower + upper] f32.
+        [n] in nats, and [n, lower + upper], both of x's type.
     """
-    states = torch.tensor(list(itertools.product((0.0, 1.0), repeat=sum(net.units))), device=x.device)
+    states = torch.tensor(list(itertools.product((0.0, 1.0), repeat=sum(net.units))), dtype=x.dtype, device=x.device)
     lower, upper = net.layers(states)
     joint = torch.stack([net.log_joint(row.expand(len(states), -1), lower, upper) for row in x])  # [n, states]
     log_likelihood = joint.logsumexp(dim=1)

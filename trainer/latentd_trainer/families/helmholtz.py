@@ -73,8 +73,8 @@ class Recognition(nn.Module):
         return lower, draw(uniform[:, count:], self.second(lower).float())
 
     def log_posterior(self, x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-        """Return ln q(z1, z2 | x): [n, pixels], [n, lower], [n, upper] f32 -> [n] f32, in nats."""
-        return log_probability(lower, self.first(x).float()) + log_probability(upper, self.second(lower).float())
+        """Return ln q(z1, z2 | x): [n, pixels], [n, lower], [n, upper] -> [n], in nats."""
+        return log_probability(lower, self.first(x)) + log_probability(upper, self.second(lower))
 
 
 class PosteriorGraph(nn.Module):
