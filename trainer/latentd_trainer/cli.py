@@ -12,6 +12,7 @@ from rich.table import Table
 
 from latentd_trainer.families import FAMILIES, load_family, parse_settings, preset_settings
 from latentd_trainer.importers import commands as import_commands
+from latentd_trainer.study import CLAIMS, chosen
 from latentd_trainer.terminal import console, errors, fail
 
 if TYPE_CHECKING:
@@ -210,6 +211,51 @@ def verify(bundle: Annotated[Path, typer.Argument(help="Directory of a bundle, M
     from latentd_trainer import verify as verifier
 
     raise typer.Exit(verifier.run(bundle, console))
+
+
+@app.command()
+def study(
+    out: Annotated[Path, typer.Option(help="Where the report goes, with its figures, pictures and trained models.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help=f"Only this claim; may be given again. Of {', '.join(CLAIMS)}."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of all weights, batches and draws.")] = 0,
+    models: Annotated[
+        Path | None,
+        typer.Option(help="Directory of models; digits-vae and the like in it are used in place of training them."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Seconds, not minutes: tiny networks, whose figures say nothing.")
+    ] = False,
+) -> None:
+    """Measure what is said of these models. A report of claims, each with its figures and a verdict.
+
+    The report is written after each claim. What was trained is kept in --out and not trained again. Exit status: 0
+    done, whatever the verdicts; 1 something could not be trained or written; 2 options that are not allowed; 130
+    (Ctrl-C) or 143 (SIGTERM) stopped early.
+    """
+    import shlex
+    import sys
+
+    from latentd_trainer import train
+    from latentd_trainer.bundle import BundleError
+    from latentd_trainer.checkpoint import CheckpointError
+    from latentd_trainer.study import run
+
+    command = shlex.join(["latentd-train", *sys.argv[1:]])
+    try:
+        names = chosen(only or [])
+    except ValueError as error:
+        fail(error, 2)
+    try:
+        run.run(out, names, seed=seed, quick=quick, models=models, command=command, console=console)
+    except (BundleError, CheckpointError, train.TrainingError, OSError) as error:
+        fail(error, 1)
+    except train.InterruptedTraining as stopped:
+        fail(stopped, stopped.exit_status)
+    except KeyboardInterrupt:
+        fail("stopped; what was found and trained so far is kept", 130)
 
 
 def _parse_texts(texts: list[str]) -> dict[str, str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _GAP = 96
 _WINDOW_SHARE = 0.02
@@ -56,6 +59,11 @@ def curves(log: Sequence[Mapping[str, Any]]) -> bytes:
         panel.set(ylabel=name, ylim=(low - margin, high + margin))
         panel.grid(alpha=0.3)
     panels[-1].set_xlabel("step")
+    return png(figure)
+
+
+def png(figure: Figure) -> bytes:
+    """A drawn figure as a PNG."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return file.getvalue()

@@ -67,11 +67,12 @@ def markdown(model: model_pb2.Model, drawn: Sequence[Samples], real: Mapping[str
     """The report's text."""
     metrics = model.card.metrics
     rows = [
-        [samples.description, *(_figure(metrics.get(name + samples.variant)) for name in _COLUMNS)] for samples in drawn
+        [samples.description, *(figure_text(metrics.get(name + samples.variant)) for name in _COLUMNS)]
+        for samples in drawn
     ]
-    rows.append(["*real images*", *(_figure(real.get(name)) for name in _COLUMNS)])
+    rows.append(["*real images*", *(figure_text(real.get(name)) for name in _COLUMNS)])
     shown = {name + samples.variant for name in _COLUMNS for samples in drawn}
-    others = [[name, _figure(metrics[name])] for name in sorted(metrics) if name not in shown]
+    others = [[name, figure_text(metrics[name])] for name in sorted(metrics) if name not in shown]
     columns = ", ".join(["real images", *(samples.description for samples in drawn)])
     parts = [
         f"# {model.name}",
@@ -80,18 +81,18 @@ def markdown(model: model_pb2.Model, drawn: Sequence[Samples], real: Mapping[str
         f"One row for each class{_UNASKED * (not model.class_names)}; from left to right: {columns}.",
         "## Samples",
         _METHOD,
-        _table(["", *_COLUMNS.values()], rows),
+        table(["", *_COLUMNS.values()], rows),
         "## Other figures",
         "Bounds are in nats an image, of held-out images given their labels where the model takes them; the exact "
         "log-likelihood is over all classes; KL is in nats a latent dimension, mutual information in nats a pair of "
         "units.",
-        _table(["metric", "value"], others),
+        table(["metric", "value"], others),
     ]
     if bars:
         outcome = [
-            [str(bar), _figure(metrics.get(bar.metric)), "missed" if bar.missed(metrics) else "met"] for bar in bars
+            [str(bar), figure_text(metrics.get(bar.metric)), "missed" if bar.missed(metrics) else "met"] for bar in bars
         ]
-        parts += ["## Bars", _table(["bar", "value", ""], outcome)]
+        parts += ["## Bars", table(["bar", "value", ""], outcome)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -116,16 +117,18 @@ def show(console: Console, model: model_pb2.Model, bars: Sequence[Bar]) -> None:
     for name, value in sorted(model.card.metrics.items()):
         bar = limits.get(name)
         outcome = "" if bar is None else f"[red]{bar}[/]" if bar.missed(model.card.metrics) else f"[green]{bar}[/]"
-        table.add_row(name, _figure(value), outcome)
+        table.add_row(name, figure_text(value), outcome)
     console.print(table)
 
 
-def _figure(value: float | None) -> str:
+def figure_text(value: float | None) -> str:
+    """A number as reports print it; nothing for one that was not measured."""
     if value is None:
         return ""
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) >= 0.01 or not value else f"{value:.2g}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

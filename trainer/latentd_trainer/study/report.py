@@ -1,0 +1,99 @@
+"""The study as Markdown: what ran where, a table of verdicts, and a section for each claim."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from latentd_trainer import train
+from latentd_trainer.report import figure_text, table
+from latentd_trainer.study.section import Criterion, Section
+
+_QUICK = (
+    "**A quick run**: tiny networks and few steps, to see that everything runs. Its figures say nothing of the claims."
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a study was, beside what it found."""
+
+    command: str
+    seed: int
+    quick: bool
+    machine: str
+    versions: Mapping[str, str]
+
+
+def machine() -> str:
+    """The processor and how many of its cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()}, {cores} cores, {platform.system()}"
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decides the figures."""
+    return train.versions() | {"numpy": np.__version__}
+
+
+def markdown(header: Header, done: Sequence[tuple[str, Section, float]], waiting: Sequence[str]) -> str:
+    """The whole report.
+
+    Args:
+        header: What was run, and where.
+        done: Name, section and seconds of every claim studied.
+        waiting: Names of those still to be studied.
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in header.versions.items())
+    seconds = sum(each for *_, each in done)
+    contents = [
+        [f"[{section.title}](#{name})", f"**{section.verdict}**", f"{each:.1f}"] for name, section, each in done
+    ]
+    parts = [
+        "# The lecture's claims, measured",
+        f"`{header.command}`, seed {header.seed}, {seconds:.0f} s on {header.machine}; {versions}.",
+        *([_QUICK] if header.quick else []),
+        "A claim *holds* if its figures meet all criteria stated beside it, and *in part* if they meet some. All "
+        "numbers are in `figures.json`, and the same on every run with this seed and these versions.",
+        table(["claim", "verdict", "seconds"], contents),
+        *([f"Not studied yet: {', '.join(waiting)}."] if waiting else []),
+        *(_section(name, section) for name, section, _ in done),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _section(name: str, section: Section) -> str:
+    rows = [
+        [each.text, _numbers(each, section.figures), "yes" if each.is_met(section.figures) else "**no**"]
+        for each in section.criteria
+    ]
+    parts = [
+        f'<a id="{name}"></a>\n\n## {section.title}',
+        f"*Claim.* {section.claim}",
+        f"*Measured.* {section.measured}",
+        f"*Verdict: **{section.verdict}**.*",
+        table(["criterion", "figures", "met"], rows),
+        section.body,
+        *(f"![{picture.caption}]({picture.file})\n\n{picture.caption}" for picture in section.pictures),
+    ]
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def _numbers(criterion: Criterion, figures: Mapping[str, float]) -> str:
+    bound = figures[criterion.bound] if isinstance(criterion.bound, str) else criterion.bound
+    return f"{figure_text(figures[criterion.figure])} {criterion.relation} {figure_text(bound)}"
+
+
+def _processor() -> str:
+    """Its name as Linux tells it, else as Python does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
