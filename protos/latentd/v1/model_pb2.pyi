@@ -443,9 +443,176 @@ Global___DiffusionSpec: typing_extensions.TypeAlias = DiffusionSpec
 
 @typing.final
 class ModelCard(google.protobuf.message.Message):
-    """The human-readable half of a model."""
+    """The human-readable half of a model. Every family's says the same things."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class Capability(google.protobuf.message.Message):
+        """What one method of GenerationService means for this model."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        METHOD_FIELD_NUMBER: builtins.int
+        DESCRIPTION_FIELD_NUMBER: builtins.int
+        method: Global___Model.Method.ValueType
+        """Which one."""
+        description: builtins.str
+        """What the answer is; or, where `Model.methods` lacks the method, why there is none."""
+        def __init__(
+            self,
+            *,
+            method: Global___Model.Method.ValueType = ...,
+            description: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["description", b"description", "method", b"method"]) -> None: ...
+
+    @typing.final
+    class Likelihood(google.protobuf.message.Message):
+        """What is known of ln p(sample)."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        class _Kind:
+            ValueType = typing.NewType("ValueType", builtins.int)
+            V: typing_extensions.TypeAlias = ValueType
+
+        class _KindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[ModelCard.Likelihood._Kind.ValueType], builtins.type):
+            DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+            KIND_UNSPECIFIED: ModelCard.Likelihood._Kind.ValueType  # 0
+            """The card does not say."""
+            KIND_EXACT: ModelCard.Likelihood._Kind.ValueType  # 1
+            """ln p(sample) itself."""
+            KIND_BOUND: ModelCard.Likelihood._Kind.ValueType  # 2
+            """A lower bound on it."""
+            KIND_NONE: ModelCard.Likelihood._Kind.ValueType  # 3
+            """Nothing: the model defines no likelihood, or none that can be worked out."""
+
+        class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
+            """How well it is known. New values may be added."""
+
+        KIND_UNSPECIFIED: ModelCard.Likelihood.Kind.ValueType  # 0
+        """The card does not say."""
+        KIND_EXACT: ModelCard.Likelihood.Kind.ValueType  # 1
+        """ln p(sample) itself."""
+        KIND_BOUND: ModelCard.Likelihood.Kind.ValueType  # 2
+        """A lower bound on it."""
+        KIND_NONE: ModelCard.Likelihood.Kind.ValueType  # 3
+        """Nothing: the model defines no likelihood, or none that can be worked out."""
+
+        class _Measure:
+            ValueType = typing.NewType("ValueType", builtins.int)
+            V: typing_extensions.TypeAlias = ValueType
+
+        class _MeasureEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[ModelCard.Likelihood._Measure.ValueType], builtins.type):
+            DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+            MEASURE_UNSPECIFIED: ModelCard.Likelihood._Measure.ValueType  # 0
+            """The card does not say, or there is no likelihood."""
+            MEASURE_MASS: ModelCard.Likelihood._Measure.ValueType  # 1
+            """The probability of a sample with its discrete values: never above 1, and to be
+            compared between models of the same data.
+            """
+            MEASURE_DENSITY: ModelCard.Likelihood._Measure.ValueType  # 2
+            """A density over real values, in the range of `Model.sample_spec`: it may be above
+            1, and is not to be compared with a probability.
+            """
+
+        class Measure(_Measure, metaclass=_MeasureEnumTypeWrapper):
+            """What p is. New values may be added."""
+
+        MEASURE_UNSPECIFIED: ModelCard.Likelihood.Measure.ValueType  # 0
+        """The card does not say, or there is no likelihood."""
+        MEASURE_MASS: ModelCard.Likelihood.Measure.ValueType  # 1
+        """The probability of a sample with its discrete values: never above 1, and to be
+        compared between models of the same data.
+        """
+        MEASURE_DENSITY: ModelCard.Likelihood.Measure.ValueType  # 2
+        """A density over real values, in the range of `Model.sample_spec`: it may be above
+        1, and is not to be compared with a probability.
+        """
+
+        KIND_FIELD_NUMBER: builtins.int
+        MEASURE_FIELD_NUMBER: builtins.int
+        EXPLANATION_FIELD_NUMBER: builtins.int
+        NATS_FIELD_NUMBER: builtins.int
+        BITS_PER_DIMENSION_FIELD_NUMBER: builtins.int
+        DRAW_COUNT_FIELD_NUMBER: builtins.int
+        kind: Global___ModelCard.Likelihood.Kind.ValueType
+        """How well it is known."""
+        measure: Global___ModelCard.Likelihood.Measure.ValueType
+        """What p is."""
+        explanation: builtins.str
+        """For people: of what it is the likelihood and how it is come by; or why there is none."""
+        nats: builtins.float
+        """Mean over held-out data, in nats a sample; unset until it is measured."""
+        bits_per_dimension: builtins.float
+        """The same by dimension, -nats / (dimensions * ln 2); unset for densities."""
+        draw_count: builtins.int
+        """How many draws the measured bound took for each sample (K of IWAE, Burda et al.
+        2016; 1 is the ELBO); 0 where it takes none.
+        """
+        def __init__(
+            self,
+            *,
+            kind: Global___ModelCard.Likelihood.Kind.ValueType = ...,
+            measure: Global___ModelCard.Likelihood.Measure.ValueType = ...,
+            explanation: builtins.str = ...,
+            nats: builtins.float | None = ...,
+            bits_per_dimension: builtins.float | None = ...,
+            draw_count: builtins.int = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["_bits_per_dimension", b"_bits_per_dimension", "_nats", b"_nats", "bits_per_dimension", b"bits_per_dimension", "nats", b"nats"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["_bits_per_dimension", b"_bits_per_dimension", "_nats", b"_nats", "bits_per_dimension", b"bits_per_dimension", "draw_count", b"draw_count", "explanation", b"explanation", "kind", b"kind", "measure", b"measure", "nats", b"nats"]) -> None: ...
+        @typing.overload
+        def WhichOneof(self, oneof_group: typing.Literal["_bits_per_dimension", b"_bits_per_dimension"]) -> typing.Literal["bits_per_dimension"] | None: ...
+        @typing.overload
+        def WhichOneof(self, oneof_group: typing.Literal["_nats", b"_nats"]) -> typing.Literal["nats"] | None: ...
+
+    @typing.final
+    class Comparison(google.protobuf.message.Message):
+        """Another model, measured beside this one in the same way."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        @typing.final
+        class MetricsEntry(google.protobuf.message.Message):
+            DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+            KEY_FIELD_NUMBER: builtins.int
+            VALUE_FIELD_NUMBER: builtins.int
+            key: builtins.str
+            value: builtins.float
+            def __init__(
+                self,
+                *,
+                key: builtins.str = ...,
+                value: builtins.float = ...,
+            ) -> None: ...
+            def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+        RELATION_FIELD_NUMBER: builtins.int
+        MODEL_FIELD_NUMBER: builtins.int
+        DIGEST_FIELD_NUMBER: builtins.int
+        METRICS_FIELD_NUMBER: builtins.int
+        relation: builtins.str
+        """What it is to this model, e.g. `tuned from`."""
+        model: builtins.str
+        """Its canonical reference."""
+        digest: builtins.str
+        """Its `Model.digest`."""
+        @property
+        def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+            """Its results, named as in `ModelCard.metrics`."""
+
+        def __init__(
+            self,
+            *,
+            relation: builtins.str = ...,
+            model: builtins.str = ...,
+            digest: builtins.str = ...,
+            metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["digest", b"digest", "metrics", b"metrics", "model", b"model", "relation", b"relation"]) -> None: ...
 
     @typing.final
     class MetricsEntry(google.protobuf.message.Message):
@@ -469,14 +636,20 @@ class ModelCard(google.protobuf.message.Message):
     TRAIN_TIME_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
     REFERENCE_URI_FIELD_NUMBER: builtins.int
+    DATASET_LICENSE_FIELD_NUMBER: builtins.int
+    CAPABILITIES_FIELD_NUMBER: builtins.int
+    LIKELIHOOD_FIELD_NUMBER: builtins.int
+    COMPARISONS_FIELD_NUMBER: builtins.int
     description: builtins.str
     """One paragraph."""
     license: builtins.str
-    """SPDX identifier of the weights' licence."""
+    """SPDX licence expression of the weights; `NOASSERTION` where it is not known."""
     dataset: builtins.str
     """Name and version of the training set, e.g. `mnist`."""
     reference_uri: builtins.str
     """The paper the method comes from."""
+    dataset_license: builtins.str
+    """SPDX licence expression of the training set; `NOASSERTION` where it is not known."""
     @property
     def train_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When training ended."""
@@ -484,6 +657,18 @@ class ModelCard(google.protobuf.message.Message):
     @property
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Evaluation results by metric name, e.g. `fid-10k`: 4.2."""
+
+    @property
+    def capabilities(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModelCard.Capability]:
+        """Every method of GenerationService: what it answers, or why it does not."""
+
+    @property
+    def likelihood(self) -> Global___ModelCard.Likelihood:
+        """What is known of ln p(sample), or why nothing is."""
+
+    @property
+    def comparisons(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModelCard.Comparison]:
+        """Models that `metrics` are to be held against."""
 
     def __init__(
         self,
@@ -494,8 +679,12 @@ class ModelCard(google.protobuf.message.Message):
         train_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         reference_uri: builtins.str = ...,
+        dataset_license: builtins.str = ...,
+        capabilities: collections.abc.Iterable[Global___ModelCard.Capability] | None = ...,
+        likelihood: Global___ModelCard.Likelihood | None = ...,
+        comparisons: collections.abc.Iterable[Global___ModelCard.Comparison] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["train_time", b"train_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["dataset", b"dataset", "description", b"description", "license", b"license", "metrics", b"metrics", "reference_uri", b"reference_uri", "train_time", b"train_time"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["likelihood", b"likelihood", "train_time", b"train_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["capabilities", b"capabilities", "comparisons", b"comparisons", "dataset", b"dataset", "dataset_license", b"dataset_license", "description", b"description", "license", b"license", "likelihood", b"likelihood", "metrics", b"metrics", "reference_uri", b"reference_uri", "train_time", b"train_time"]) -> None: ...
 
 Global___ModelCard: typing_extensions.TypeAlias = ModelCard
