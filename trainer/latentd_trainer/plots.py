@@ -1,4 +1,4 @@
-"""Pictures of a run as PNG bytes: a grid of samples, and the losses by step."""
+"""Pictures as PNG bytes: a grid of samples, losses by step, and any figure of matplotlib."""
 
 from __future__ import annotations
 
