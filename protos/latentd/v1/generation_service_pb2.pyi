@@ -192,6 +192,7 @@ class DiffusionOptions(google.protobuf.message.Message):
     PREVIEW_INTERVAL_STEPS_FIELD_NUMBER: builtins.int
     START_FIELD_NUMBER: builtins.int
     TIMESTEPS_FIELD_NUMBER: builtins.int
+    GUIDANCE_INTERVAL_FIELD_NUMBER: builtins.int
     sampler: builtins.str
     """One of `DiffusionSpec.samplers`. Empty means the model's default."""
     step_count: builtins.int
@@ -214,6 +215,10 @@ class DiffusionOptions(google.protobuf.message.Message):
         strictly. Empty means the sampler's own spacing.
         """
 
+    @property
+    def guidance_interval(self) -> Global___GuidanceInterval:
+        """Guide only there; `guidance_scale` must be set. If unset, everywhere."""
+
     def __init__(
         self,
         *,
@@ -224,15 +229,47 @@ class DiffusionOptions(google.protobuf.message.Message):
         preview_interval_steps: builtins.int = ...,
         start: Global___StartPoint | None = ...,
         timesteps: collections.abc.Iterable[builtins.int] | None = ...,
+        guidance_interval: Global___GuidanceInterval | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_eta", b"_eta", "_guidance_scale", b"_guidance_scale", "eta", b"eta", "guidance_scale", b"guidance_scale", "start", b"start"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_eta", b"_eta", "_guidance_scale", b"_guidance_scale", "eta", b"eta", "guidance_scale", b"guidance_scale", "preview_interval_steps", b"preview_interval_steps", "sampler", b"sampler", "start", b"start", "step_count", b"step_count", "timesteps", b"timesteps"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_eta", b"_eta", "_guidance_scale", b"_guidance_scale", "eta", b"eta", "guidance_interval", b"guidance_interval", "guidance_scale", b"guidance_scale", "start", b"start"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_eta", b"_eta", "_guidance_scale", b"_guidance_scale", "eta", b"eta", "guidance_interval", b"guidance_interval", "guidance_scale", b"guidance_scale", "preview_interval_steps", b"preview_interval_steps", "sampler", b"sampler", "start", b"start", "step_count", b"step_count", "timesteps", b"timesteps"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_eta", b"_eta"]) -> typing.Literal["eta"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_guidance_scale", b"_guidance_scale"]) -> typing.Literal["guidance_scale"] | None: ...
 
 Global___DiffusionOptions: typing_extensions.TypeAlias = DiffusionOptions
+
+@typing.final
+class GuidanceInterval(google.protobuf.message.Message):
+    """The timesteps at which a sample is guided, both ends included (Kynkaanniemi et al. 2024,
+    arXiv 2404.07724). Everywhere else the network is evaluated once, with the label alone.
+    What counts is the timestep that the network is told, so an interval between two visited
+    timesteps guides nothing. The paper's noise level is sigma_t / alpha_t.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MIN_TIMESTEP_FIELD_NUMBER: builtins.int
+    MAX_TIMESTEP_FIELD_NUMBER: builtins.int
+    min_timestep: builtins.int
+    """The least noisy. If unset, 0."""
+    max_timestep: builtins.int
+    """The noisiest. If unset, `timestep_count - 1`."""
+    def __init__(
+        self,
+        *,
+        min_timestep: builtins.int | None = ...,
+        max_timestep: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_timestep", b"_max_timestep", "_min_timestep", b"_min_timestep", "max_timestep", b"max_timestep", "min_timestep", b"min_timestep"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_timestep", b"_max_timestep", "_min_timestep", b"_min_timestep", "max_timestep", b"max_timestep", "min_timestep", b"min_timestep"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_timestep", b"_max_timestep"]) -> typing.Literal["max_timestep"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_timestep", b"_min_timestep"]) -> typing.Literal["min_timestep"] | None: ...
+
+Global___GuidanceInterval: typing_extensions.TypeAlias = GuidanceInterval
 
 @typing.final
 class StartPoint(google.protobuf.message.Message):
@@ -811,6 +848,7 @@ class ScoreRequest(google.protobuf.message.Message):
     CONDITION_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     DRAW_COUNT_FIELD_NUMBER: builtins.int
+    TIMESTEP_COUNT_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Required. `NAME` or `NAME@VERSION`."""
     seed: builtins.int
@@ -818,7 +856,14 @@ class ScoreRequest(google.protobuf.message.Message):
     If unset, 0.
     """
     draw_count: builtins.int
-    """Monte Carlo draws per row. 0 means the model's default."""
+    """Monte Carlo draws per row. 0 means the model's default. Diffusion models: draws of
+    noise at each timestep, 1 by default, of which the mean is taken.
+    """
+    timestep_count: builtins.int
+    """Diffusion models only: how many of the bound's terms are evaluated in each draw. Timestep
+    0 is one; the others are split into so many less one runs of equal length, and one of each
+    stands for all of its run. The estimate is unbiased. 0 means every timestep.
+    """
     @property
     def samples(self) -> latentd.v1.tensor_pb2.Tensor:
         """Required. Shape [n, *sample]."""
@@ -835,9 +880,10 @@ class ScoreRequest(google.protobuf.message.Message):
         condition: Global___Condition | None = ...,
         seed: builtins.int | None = ...,
         draw_count: builtins.int = ...,
+        timestep_count: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "condition", b"condition", "samples", b"samples", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "condition", b"condition", "draw_count", b"draw_count", "model", b"model", "samples", b"samples", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "condition", b"condition", "draw_count", b"draw_count", "model", b"model", "samples", b"samples", "seed", b"seed", "timestep_count", b"timestep_count"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 Global___ScoreRequest: typing_extensions.TypeAlias = ScoreRequest
@@ -859,7 +905,9 @@ class ScoreResponse(google.protobuf.message.Message):
         TYPE_LOG_LIKELIHOOD: ScoreResponse._Type.ValueType  # 1
         """ln p(sample), in nats. Exact."""
         TYPE_EVIDENCE_LOWER_BOUND: ScoreResponse._Type.ValueType  # 2
-        """A lower bound on ln p(sample), in nats, estimated."""
+        """A lower bound on ln p(sample), in nats, estimated. Divided by -ln 2 and by the number of
+        a sample's elements it is in bits per dimension.
+        """
         TYPE_REAL_PROBABILITY: ScoreResponse._Type.ValueType  # 3
         """The discriminator's P(real), 0 to 1. Not a likelihood."""
 
@@ -871,13 +919,16 @@ class ScoreResponse(google.protobuf.message.Message):
     TYPE_LOG_LIKELIHOOD: ScoreResponse.Type.ValueType  # 1
     """ln p(sample), in nats. Exact."""
     TYPE_EVIDENCE_LOWER_BOUND: ScoreResponse.Type.ValueType  # 2
-    """A lower bound on ln p(sample), in nats, estimated."""
+    """A lower bound on ln p(sample), in nats, estimated. Divided by -ln 2 and by the number of
+    a sample's elements it is in bits per dimension.
+    """
     TYPE_REAL_PROBABILITY: ScoreResponse.Type.ValueType  # 3
     """The discriminator's P(real), 0 to 1. Not a likelihood."""
 
     VALUES_FIELD_NUMBER: builtins.int
     TYPE_FIELD_NUMBER: builtins.int
     STATS_FIELD_NUMBER: builtins.int
+    TERMS_FIELD_NUMBER: builtins.int
     type: Global___ScoreResponse.Type.ValueType
     """What the values are."""
     @property
@@ -888,17 +939,62 @@ class ScoreResponse(google.protobuf.message.Message):
     def stats(self) -> Global___ExecutionStats:
         """What it cost."""
 
+    @property
+    def terms(self) -> Global___VariationalTerms:
+        """What the values consist of; diffusion models only."""
+
     def __init__(
         self,
         *,
         values: collections.abc.Iterable[builtins.float] | None = ...,
         type: Global___ScoreResponse.Type.ValueType = ...,
         stats: Global___ExecutionStats | None = ...,
+        terms: Global___VariationalTerms | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["stats", b"stats"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["stats", b"stats", "type", b"type", "values", b"values"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["stats", b"stats", "terms", b"terms"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["stats", b"stats", "terms", b"terms", "type", b"type", "values", b"values"]) -> None: ...
 
 Global___ScoreResponse: typing_extensions.TypeAlias = ScoreResponse
+
+@typing.final
+class VariationalTerms(google.protobuf.message.Message):
+    """The variational bound of a diffusion model, value = -(prior + diffusion + reconstruction)
+    (Ho et al. 2020, arXiv 2006.11239, eq. 5; Kingma et al. 2021, arXiv 2107.00630, eq. 11). Nats,
+    one value per row.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PRIOR_FIELD_NUMBER: builtins.int
+    DIFFUSION_FIELD_NUMBER: builtins.int
+    RECONSTRUCTION_FIELD_NUMBER: builtins.int
+    @property
+    def prior(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """L_T: KL of q(x_T | sample) from N(0, I). Exact."""
+
+    @property
+    def diffusion(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """The sum over t of L_t: KL of q(x_t-1 | x_t, sample) from the step that the model takes,
+        whose variance is the same. Estimated.
+        """
+
+    @property
+    def reconstruction(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """L_0: -ln p(sample | x_0), where x_0 is the least noisy state, at timestep 0. Normal around the
+        estimate of the sample with deviation sigma_0, and where `sample_spec` has levels the part
+        of it that rounds to the sample's (eq. 13), to which the sample is itself rounded. Estimated.
+        """
+
+    def __init__(
+        self,
+        *,
+        prior: collections.abc.Iterable[builtins.float] | None = ...,
+        diffusion: collections.abc.Iterable[builtins.float] | None = ...,
+        reconstruction: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["diffusion", b"diffusion", "prior", b"prior", "reconstruction", b"reconstruction"]) -> None: ...
+
+Global___VariationalTerms: typing_extensions.TypeAlias = VariationalTerms
 
 @typing.final
 class StreamRequest(google.protobuf.message.Message):

@@ -340,12 +340,17 @@ class TensorSpec(google.protobuf.message.Message):
     SHAPE_FIELD_NUMBER: builtins.int
     MIN_VALUE_FIELD_NUMBER: builtins.int
     MAX_VALUE_FIELD_NUMBER: builtins.int
+    LEVEL_COUNT_FIELD_NUMBER: builtins.int
     data_type: latentd.v1.tensor_pb2.DataType.ValueType
     """Element type."""
     min_value: builtins.float
     """Smallest value the model was trained on, e.g. -1."""
     max_value: builtins.float
     """Largest value the model was trained on, e.g. 1."""
+    level_count: builtins.int
+    """How many evenly spaced values from the smallest to the largest the elements of data
+    can have, e.g. 256. 0 means that they are continuous, or that it is not known.
+    """
     @property
     def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Extents without the batch axis, e.g. [1, 28, 28] for C, H, W."""
@@ -357,8 +362,9 @@ class TensorSpec(google.protobuf.message.Message):
         shape: collections.abc.Iterable[builtins.int] | None = ...,
         min_value: builtins.float = ...,
         max_value: builtins.float = ...,
+        level_count: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["data_type", b"data_type", "max_value", b"max_value", "min_value", b"min_value", "shape", b"shape"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data_type", b"data_type", "level_count", b"level_count", "max_value", b"max_value", "min_value", b"min_value", "shape", b"shape"]) -> None: ...
 
 Global___TensorSpec: typing_extensions.TypeAlias = TensorSpec
 
