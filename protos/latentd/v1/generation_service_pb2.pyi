@@ -34,6 +34,10 @@ class _OutputModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """The mean."""
     OUTPUT_MODE_DRAW: _OutputMode.ValueType  # 2
     """A draw."""
+    OUTPUT_MODE_LATENT: _OutputMode.ValueType  # 3
+    """What a model with `Model.latent_space` has walked over, undecoded: shape [n, *latent],
+    as FLOAT32 or FLOAT16, on the scale of DenoiseStep.
+    """
 
 class OutputMode(_OutputMode, metaclass=_OutputModeEnumTypeWrapper):
     """What to take from a distribution over samples. New values may be added."""
@@ -44,6 +48,10 @@ OUTPUT_MODE_MEAN: OutputMode.ValueType  # 1
 """The mean."""
 OUTPUT_MODE_DRAW: OutputMode.ValueType  # 2
 """A draw."""
+OUTPUT_MODE_LATENT: OutputMode.ValueType  # 3
+"""What a model with `Model.latent_space` has walked over, undecoded: shape [n, *latent],
+as FLOAT32 or FLOAT16, on the scale of DenoiseStep.
+"""
 Global___OutputMode: typing_extensions.TypeAlias = OutputMode
 
 class _Priority:
@@ -108,7 +116,9 @@ class SampleRequest(google.protobuf.message.Message):
     UINT8 maps the model's value range to 0..255, rounding half to even.
     """
     output_mode: Global___OutputMode.ValueType
-    """Mean of p(sample | latent), or a draw from it. Unspecified means the mean."""
+    """Mean of p(sample | latent), or a draw from it, or the latent itself. Unspecified means
+    the mean.
+    """
     first_sample_index: builtins.int
     """Added to every sample's index before it meets the seed: sample i of this request
     is sample `first_sample_index` + i of the seed. Continues or splits a request.
@@ -193,6 +203,7 @@ class DiffusionOptions(google.protobuf.message.Message):
     START_FIELD_NUMBER: builtins.int
     TIMESTEPS_FIELD_NUMBER: builtins.int
     GUIDANCE_INTERVAL_FIELD_NUMBER: builtins.int
+    KNOWN_FIELD_NUMBER: builtins.int
     sampler: builtins.str
     """One of `DiffusionSpec.samplers`. Empty means the model's default."""
     step_count: builtins.int
@@ -219,6 +230,10 @@ class DiffusionOptions(google.protobuf.message.Message):
     def guidance_interval(self) -> Global___GuidanceInterval:
         """Guide only there; `guidance_scale` must be set. If unset, everywhere."""
 
+    @property
+    def known(self) -> Global___KnownPixels:
+        """Sample only: part of the sample is given."""
+
     def __init__(
         self,
         *,
@@ -230,9 +245,10 @@ class DiffusionOptions(google.protobuf.message.Message):
         start: Global___StartPoint | None = ...,
         timesteps: collections.abc.Iterable[builtins.int] | None = ...,
         guidance_interval: Global___GuidanceInterval | None = ...,
+        known: Global___KnownPixels | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_eta", b"_eta", "_guidance_scale", b"_guidance_scale", "eta", b"eta", "guidance_interval", b"guidance_interval", "guidance_scale", b"guidance_scale", "start", b"start"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_eta", b"_eta", "_guidance_scale", b"_guidance_scale", "eta", b"eta", "guidance_interval", b"guidance_interval", "guidance_scale", b"guidance_scale", "preview_interval_steps", b"preview_interval_steps", "sampler", b"sampler", "start", b"start", "step_count", b"step_count", "timesteps", b"timesteps"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_eta", b"_eta", "_guidance_scale", b"_guidance_scale", "eta", b"eta", "guidance_interval", b"guidance_interval", "guidance_scale", b"guidance_scale", "known", b"known", "start", b"start"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_eta", b"_eta", "_guidance_scale", b"_guidance_scale", "eta", b"eta", "guidance_interval", b"guidance_interval", "guidance_scale", b"guidance_scale", "known", b"known", "preview_interval_steps", b"preview_interval_steps", "sampler", b"sampler", "start", b"start", "step_count", b"step_count", "timesteps", b"timesteps"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_eta", b"_eta"]) -> typing.Literal["eta"] | None: ...
     @typing.overload
@@ -270,6 +286,40 @@ class GuidanceInterval(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_min_timestep", b"_min_timestep"]) -> typing.Literal["min_timestep"] | None: ...
 
 Global___GuidanceInterval: typing_extensions.TypeAlias = GuidanceInterval
+
+@typing.final
+class KnownPixels(google.protobuf.message.Message):
+    """Part of a sample that is given, for inpainting: before every step the known elements are
+    replaced by a draw from q(x_t | known), and in the end by themselves.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: builtins.int
+    MASK_FIELD_NUMBER: builtins.int
+    @property
+    def samples(self) -> latentd.v1.tensor_pb2.Tensor:
+        """Required. Shape [1, *sample] (used for every sample) or [sample_count, *sample].
+        Elements that the mask leaves out do not matter, but must be finite.
+        """
+
+    @property
+    def mask(self) -> latentd.v1.tensor_pb2.Tensor:
+        """Required. 1 where an element is known, 0 where it is to be made; UINT8, FLOAT32 or
+        FLOAT16. Shape [1 or sample_count, *sample], or with 1 for the sample's first extent:
+        one mask for all channels.
+        """
+
+    def __init__(
+        self,
+        *,
+        samples: latentd.v1.tensor_pb2.Tensor | None = ...,
+        mask: latentd.v1.tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["mask", b"mask", "samples", b"samples"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["mask", b"mask", "samples", b"samples"]) -> None: ...
+
+Global___KnownPixels: typing_extensions.TypeAlias = KnownPixels
 
 @typing.final
 class StartPoint(google.protobuf.message.Message):
@@ -350,8 +400,8 @@ class SampleAccepted(google.protobuf.message.Message):
     @property
     def resolved_request(self) -> Global___SampleRequest:
         """The request with every default filled in and `model` canonical. Sent again,
-        it reproduces the samples. `diffusion.start.samples` is cleared to save
-        bytes; put it back first.
+        it reproduces the samples. `diffusion.start.samples` and `diffusion.known` are cleared
+        to save bytes; put them back first.
         """
 
     def __init__(
@@ -386,7 +436,9 @@ class SamplePreview(google.protobuf.message.Message):
 
     @property
     def estimates(self) -> latentd.v1.tensor_pb2.Tensor:
-        """The denoiser's current estimate of x0. Shape [k, *sample]."""
+        """The denoiser's current estimate of x0. Shape [k, *sample]; of a model with
+        `Model.latent_space` [k, *latent], not decoded, and never UINT8.
+        """
 
     def __init__(
         self,
@@ -422,8 +474,8 @@ class SampleResult(google.protobuf.message.Message):
 
     @property
     def latents(self) -> latentd.v1.tensor_pb2.Tensor:
-        """The latent codes they were decoded from; unset for diffusion models.
-        Shape [k, *latent].
+        """The latent codes they were decoded from, as the decoder's Decode takes them; unset
+        where nothing was decoded. Shape [k, *latent].
         """
 
     @property

@@ -32,6 +32,8 @@ class GenerationServiceStub(object):
     own schedule (`DiffusionSpec`), addressed by integer timesteps: 0 is the least
     noisy level the network knows, `timestep_count - 1` the noisiest, and -1 is clean
     data (alpha 1, sigma 0). This is the convention of DDPM and of diffusers.
+    Where a model has a `Model.latent_space` they are latents: DenoiseStep, loops and previews
+    take and give `latent_spec`'s shape wherever they say *sample.
 
     Determinism. With equal `resolved_request` and equal `determinism_class`, the
     bytes of every sample are equal, whatever else the server is doing.
@@ -82,6 +84,8 @@ class GenerationServiceServicer(object):
     own schedule (`DiffusionSpec`), addressed by integer timesteps: 0 is the least
     noisy level the network knows, `timestep_count - 1` the noisiest, and -1 is clean
     data (alpha 1, sigma 0). This is the convention of DDPM and of diffusers.
+    Where a model has a `Model.latent_space` they are latents: DenoiseStep, loops and previews
+    take and give `latent_spec`'s shape wherever they say *sample.
 
     Determinism. With equal `resolved_request` and equal `determinism_class`, the
     bytes of every sample are equal, whatever else the server is doing.
@@ -182,6 +186,8 @@ class GenerationService(object):
     own schedule (`DiffusionSpec`), addressed by integer timesteps: 0 is the least
     noisy level the network knows, `timestep_count - 1` the noisiest, and -1 is clean
     data (alpha 1, sigma 0). This is the convention of DDPM and of diffusers.
+    Where a model has a `Model.latent_space` they are latents: DenoiseStep, loops and previews
+    take and give `latent_spec`'s shape wherever they say *sample.
 
     Determinism. With equal `resolved_request` and equal `determinism_class`, the
     bytes of every sample are equal, whatever else the server is doing.

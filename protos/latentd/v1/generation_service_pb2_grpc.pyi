@@ -128,6 +128,8 @@ class GenerationServiceStub(typing.Generic[_GenerationServiceSampleType, _Genera
     own schedule (`DiffusionSpec`), addressed by integer timesteps: 0 is the least
     noisy level the network knows, `timestep_count - 1` the noisiest, and -1 is clean
     data (alpha 1, sigma 0). This is the convention of DDPM and of diffusers.
+    Where a model has a `Model.latent_space` they are latents: DenoiseStep, loops and previews
+    take and give `latent_spec`'s shape wherever they say *sample.
 
     Determinism. With equal `resolved_request` and equal `determinism_class`, the
     bytes of every sample are equal, whatever else the server is doing.
@@ -248,6 +250,8 @@ class GenerationServiceServicer(metaclass=abc.ABCMeta):
     own schedule (`DiffusionSpec`), addressed by integer timesteps: 0 is the least
     noisy level the network knows, `timestep_count - 1` the noisiest, and -1 is clean
     data (alpha 1, sigma 0). This is the convention of DDPM and of diffusers.
+    Where a model has a `Model.latent_space` they are latents: DenoiseStep, loops and previews
+    take and give `latent_spec`'s shape wherever they say *sample.
 
     Determinism. With equal `resolved_request` and equal `determinism_class`, the
     bytes of every sample are equal, whatever else the server is doing.

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from latentd.v1 import tensor_pb2 as latentd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16latentd/v1/model.proto\x12\nlatentd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17latentd/v1/tensor.proto\"\xcb\x07\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12(\n\x06\x66\x61mily\x18\x03 \x01(\x0e\x32\x18.latentd.v1.Model.Family\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.latentd.v1.Model.State\x12\x16\n\x0e\x66\x61ilure_reason\x18\x05 \x01(\t\x12)\n\x07methods\x18\x06 \x03(\x0e\x32\x18.latentd.v1.Model.Method\x12+\n\x0bsample_spec\x18\x07 \x01(\x0b\x32\x16.latentd.v1.TensorSpec\x12+\n\x0blatent_spec\x18\x08 \x01(\x0b\x32\x16.latentd.v1.TensorSpec\x12\x13\n\x0b\x63lass_names\x18\t \x03(\t\x12,\n\tdiffusion\x18\n \x01(\x0b\x32\x19.latentd.v1.DiffusionSpec\x12#\n\x04\x63\x61rd\x18\x0b \x01(\x0b\x32\x15.latentd.v1.ModelCard\x12\x1b\n\x13\x63lass_probabilities\x18\x0c \x03(\x01\x12\x31\n\x0b\x64\x65terminism\x18\r \x01(\x0b\x32\x1c.latentd.v1.ModelDeterminism\"\xfc\x01\n\x06\x46\x61mily\x12\x16\n\x12\x46\x41MILY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46\x41MILY_NAIVE_BAYES\x10\x01\x12\x1d\n\x19\x46\x41MILY_SIGMOID_BELIEF_NET\x10\x02\x12\x1c\n\x18\x46\x41MILY_HELMHOLTZ_MACHINE\x10\x03\x12&\n\"FAMILY_PREDICTABILITY_MINIMIZATION\x10\x04\x12\x0e\n\nFAMILY_VAE\x10\x05\x12\x0e\n\nFAMILY_GAN\x10\x06\x12\x13\n\x0f\x46\x41MILY_INFO_GAN\x10\x07\x12\x12\n\x0e\x46\x41MILY_VAE_GAN\x10\x08\x12\x14\n\x10\x46\x41MILY_DIFFUSION\x10\t\"}\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_UNLOADED\x10\x01\x12\x11\n\rSTATE_LOADING\x10\x02\x12\x10\n\x0cSTATE_ACTIVE\x10\x03\x12\x12\n\x0eSTATE_DRAINING\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\"\x7f\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x11\n\rMETHOD_SAMPLE\x10\x01\x12\x11\n\rMETHOD_ENCODE\x10\x02\x12\x11\n\rMETHOD_DECODE\x10\x03\x12\x12\n\x0eMETHOD_DENOISE\x10\x04\x12\x10\n\x0cMETHOD_SCORE\x10\x05\"\xba\x02\n\x10ModelDeterminism\x12\x19\n\x11\x64\x65terminism_class\x18\x01 \x01(\t\x12\x32\n\x06graphs\x18\x02 \x03(\x0b\x32\".latentd.v1.ModelDeterminism.Graph\x12\x13\n\x0b\x65xplanation\x18\x03 \x01(\t\x1a\x61\n\x05Graph\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x35\n\x07promise\x18\x02 \x01(\x0e\x32$.latentd.v1.ModelDeterminism.Promise\x12\x13\n\x0b\x62\x61tch_sizes\x18\x03 \x03(\x05\"_\n\x07Promise\x12\x17\n\x13PROMISE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPROMISE_BATCHED\x10\x01\x12\x11\n\rPROMISE_ALONE\x10\x02\x12\x13\n\x0fPROMISE_NOTHING\x10\x03\"\x7f\n\nTensorSpec\x12\'\n\tdata_type\x18\x01 \x01(\x0e\x32\x14.latentd.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x11\n\tmin_value\x18\x03 \x01(\x01\x12\x11\n\tmax_value\x18\x04 \x01(\x01\x12\x13\n\x0blevel_count\x18\x05 \x01(\x05\"\xb5\x02\n\rDiffusionSpec\x12\x0e\n\x06\x61lphas\x18\x01 \x03(\x01\x12\x0e\n\x06sigmas\x18\x02 \x03(\x01\x12\x10\n\x08samplers\x18\x03 \x03(\t\x12\x38\n\nprediction\x18\x06 \x01(\x0e\x32$.latentd.v1.DiffusionSpec.Prediction\x12\x15\n\rclip_denoised\x18\x07 \x01(\x08\x12\x1a\n\x12\x64\x65\x66\x61ult_step_count\x18\x04 \x01(\x05\x12\x1a\n\x12guidance_supported\x18\x05 \x01(\x08\"i\n\nPrediction\x12\x1a\n\x16PREDICTION_UNSPECIFIED\x10\x00\x12\x16\n\x12PREDICTION_EPSILON\x10\x01\x12\x10\n\x0cPREDICTION_V\x10\x02\x12\x15\n\x11PREDICTION_SAMPLE\x10\x03\"\xbd\x08\n\tModelCard\x12\x13\n\x0b\x64\x65scription\x18\x01 \x01(\t\x12\x0f\n\x07license\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12.\n\ntrain_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x07metrics\x18\x05 \x03(\x0b\x32\".latentd.v1.ModelCard.MetricsEntry\x12\x15\n\rreference_uri\x18\x06 \x01(\t\x12\x17\n\x0f\x64\x61taset_license\x18\x07 \x01(\t\x12\x36\n\x0c\x63\x61pabilities\x18\x08 \x03(\x0b\x32 .latentd.v1.ModelCard.Capability\x12\x34\n\nlikelihood\x18\t \x01(\x0b\x32 .latentd.v1.ModelCard.Likelihood\x12\x35\n\x0b\x63omparisons\x18\n \x03(\x0b\x32 .latentd.v1.ModelCard.Comparison\x1aK\n\nCapability\x12(\n\x06method\x18\x01 \x01(\x0e\x32\x18.latentd.v1.Model.Method\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x1a\x91\x03\n\nLikelihood\x12\x33\n\x04kind\x18\x01 \x01(\x0e\x32%.latentd.v1.ModelCard.Likelihood.Kind\x12\x39\n\x07measure\x18\x02 \x01(\x0e\x32(.latentd.v1.ModelCard.Likelihood.Measure\x12\x13\n\x0b\x65xplanation\x18\x03 \x01(\t\x12\x11\n\x04nats\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12\x62its_per_dimension\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\ndraw_count\x18\x06 \x01(\x05\"K\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nKIND_EXACT\x10\x01\x12\x0e\n\nKIND_BOUND\x10\x02\x12\r\n\tKIND_NONE\x10\x03\"I\n\x07Measure\x12\x17\n\x13MEASURE_UNSPECIFIED\x10\x00\x12\x10\n\x0cMEASURE_MASS\x10\x01\x12\x13\n\x0fMEASURE_DENSITY\x10\x02\x42\x07\n\x05_natsB\x15\n\x13_bits_per_dimension\x1a\xad\x01\n\nComparison\x12\x10\n\x08relation\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12>\n\x07metrics\x18\x04 \x03(\x0b\x32-.latentd.v1.ModelCard.Comparison.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16latentd/v1/model.proto\x12\nlatentd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17latentd/v1/tensor.proto\"\xfa\x07\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12(\n\x06\x66\x61mily\x18\x03 \x01(\x0e\x32\x18.latentd.v1.Model.Family\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.latentd.v1.Model.State\x12\x16\n\x0e\x66\x61ilure_reason\x18\x05 \x01(\t\x12)\n\x07methods\x18\x06 \x03(\x0e\x32\x18.latentd.v1.Model.Method\x12+\n\x0bsample_spec\x18\x07 \x01(\x0b\x32\x16.latentd.v1.TensorSpec\x12+\n\x0blatent_spec\x18\x08 \x01(\x0b\x32\x16.latentd.v1.TensorSpec\x12\x13\n\x0b\x63lass_names\x18\t \x03(\t\x12,\n\tdiffusion\x18\n \x01(\x0b\x32\x19.latentd.v1.DiffusionSpec\x12#\n\x04\x63\x61rd\x18\x0b \x01(\x0b\x32\x15.latentd.v1.ModelCard\x12\x1b\n\x13\x63lass_probabilities\x18\x0c \x03(\x01\x12\x31\n\x0b\x64\x65terminism\x18\r \x01(\x0b\x32\x1c.latentd.v1.ModelDeterminism\x12-\n\x0clatent_space\x18\x0e \x01(\x0b\x32\x17.latentd.v1.LatentSpace\"\xfc\x01\n\x06\x46\x61mily\x12\x16\n\x12\x46\x41MILY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46\x41MILY_NAIVE_BAYES\x10\x01\x12\x1d\n\x19\x46\x41MILY_SIGMOID_BELIEF_NET\x10\x02\x12\x1c\n\x18\x46\x41MILY_HELMHOLTZ_MACHINE\x10\x03\x12&\n\"FAMILY_PREDICTABILITY_MINIMIZATION\x10\x04\x12\x0e\n\nFAMILY_VAE\x10\x05\x12\x0e\n\nFAMILY_GAN\x10\x06\x12\x13\n\x0f\x46\x41MILY_INFO_GAN\x10\x07\x12\x12\n\x0e\x46\x41MILY_VAE_GAN\x10\x08\x12\x14\n\x10\x46\x41MILY_DIFFUSION\x10\t\"}\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_UNLOADED\x10\x01\x12\x11\n\rSTATE_LOADING\x10\x02\x12\x10\n\x0cSTATE_ACTIVE\x10\x03\x12\x12\n\x0eSTATE_DRAINING\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\"\x7f\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x11\n\rMETHOD_SAMPLE\x10\x01\x12\x11\n\rMETHOD_ENCODE\x10\x02\x12\x11\n\rMETHOD_DECODE\x10\x03\x12\x12\n\x0eMETHOD_DENOISE\x10\x04\x12\x10\n\x0cMETHOD_SCORE\x10\x05\"V\n\x0bLatentSpace\x12\x0f\n\x07\x64\x65\x63oder\x18\x01 \x01(\t\x12\x16\n\x0e\x64\x65\x63oder_digest\x18\x02 \x01(\t\x12\x0e\n\x06scales\x18\x03 \x03(\x01\x12\x0e\n\x06shifts\x18\x04 \x03(\x01\"\xba\x02\n\x10ModelDeterminism\x12\x19\n\x11\x64\x65terminism_class\x18\x01 \x01(\t\x12\x32\n\x06graphs\x18\x02 \x03(\x0b\x32\".latentd.v1.ModelDeterminism.Graph\x12\x13\n\x0b\x65xplanation\x18\x03 \x01(\t\x1a\x61\n\x05Graph\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x35\n\x07promise\x18\x02 \x01(\x0e\x32$.latentd.v1.ModelDeterminism.Promise\x12\x13\n\x0b\x62\x61tch_sizes\x18\x03 \x03(\x05\"_\n\x07Promise\x12\x17\n\x13PROMISE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPROMISE_BATCHED\x10\x01\x12\x11\n\rPROMISE_ALONE\x10\x02\x12\x13\n\x0fPROMISE_NOTHING\x10\x03\"\x7f\n\nTensorSpec\x12\'\n\tdata_type\x18\x01 \x01(\x0e\x32\x14.latentd.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x11\n\tmin_value\x18\x03 \x01(\x01\x12\x11\n\tmax_value\x18\x04 \x01(\x01\x12\x13\n\x0blevel_count\x18\x05 \x01(\x05\"\xb5\x02\n\rDiffusionSpec\x12\x0e\n\x06\x61lphas\x18\x01 \x03(\x01\x12\x0e\n\x06sigmas\x18\x02 \x03(\x01\x12\x10\n\x08samplers\x18\x03 \x03(\t\x12\x38\n\nprediction\x18\x06 \x01(\x0e\x32$.latentd.v1.DiffusionSpec.Prediction\x12\x15\n\rclip_denoised\x18\x07 \x01(\x08\x12\x1a\n\x12\x64\x65\x66\x61ult_step_count\x18\x04 \x01(\x05\x12\x1a\n\x12guidance_supported\x18\x05 \x01(\x08\"i\n\nPrediction\x12\x1a\n\x16PREDICTION_UNSPECIFIED\x10\x00\x12\x16\n\x12PREDICTION_EPSILON\x10\x01\x12\x10\n\x0cPREDICTION_V\x10\x02\x12\x15\n\x11PREDICTION_SAMPLE\x10\x03\"\xbd\x08\n\tModelCard\x12\x13\n\x0b\x64\x65scription\x18\x01 \x01(\t\x12\x0f\n\x07license\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12.\n\ntrain_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x07metrics\x18\x05 \x03(\x0b\x32\".latentd.v1.ModelCard.MetricsEntry\x12\x15\n\rreference_uri\x18\x06 \x01(\t\x12\x17\n\x0f\x64\x61taset_license\x18\x07 \x01(\t\x12\x36\n\x0c\x63\x61pabilities\x18\x08 \x03(\x0b\x32 .latentd.v1.ModelCard.Capability\x12\x34\n\nlikelihood\x18\t \x01(\x0b\x32 .latentd.v1.ModelCard.Likelihood\x12\x35\n\x0b\x63omparisons\x18\n \x03(\x0b\x32 .latentd.v1.ModelCard.Comparison\x1aK\n\nCapability\x12(\n\x06method\x18\x01 \x01(\x0e\x32\x18.latentd.v1.Model.Method\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x1a\x91\x03\n\nLikelihood\x12\x33\n\x04kind\x18\x01 \x01(\x0e\x32%.latentd.v1.ModelCard.Likelihood.Kind\x12\x39\n\x07measure\x18\x02 \x01(\x0e\x32(.latentd.v1.ModelCard.Likelihood.Measure\x12\x13\n\x0b\x65xplanation\x18\x03 \x01(\t\x12\x11\n\x04nats\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12\x62its_per_dimension\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\ndraw_count\x18\x06 \x01(\x05\"K\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nKIND_EXACT\x10\x01\x12\x0e\n\nKIND_BOUND\x10\x02\x12\r\n\tKIND_NONE\x10\x03\"I\n\x07Measure\x12\x17\n\x13MEASURE_UNSPECIFIED\x10\x00\x12\x10\n\x0cMEASURE_MASS\x10\x01\x12\x13\n\x0fMEASURE_DENSITY\x10\x02\x42\x07\n\x05_natsB\x15\n\x13_bits_per_dimension\x1a\xad\x01\n\nComparison\x12\x10\n\x08relation\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12>\n\x07metrics\x18\x04 \x03(\x0b\x32-.latentd.v1.ModelCard.Comparison.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,39 +38,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELCARD_METRICSENTRY']._loaded_options = None
   _globals['_MODELCARD_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_MODEL']._serialized_start=97
-  _globals['_MODEL']._serialized_end=1068
-  _globals['_MODEL_FAMILY']._serialized_start=560
-  _globals['_MODEL_FAMILY']._serialized_end=812
-  _globals['_MODEL_STATE']._serialized_start=814
-  _globals['_MODEL_STATE']._serialized_end=939
-  _globals['_MODEL_METHOD']._serialized_start=941
-  _globals['_MODEL_METHOD']._serialized_end=1068
-  _globals['_MODELDETERMINISM']._serialized_start=1071
-  _globals['_MODELDETERMINISM']._serialized_end=1385
-  _globals['_MODELDETERMINISM_GRAPH']._serialized_start=1191
-  _globals['_MODELDETERMINISM_GRAPH']._serialized_end=1288
-  _globals['_MODELDETERMINISM_PROMISE']._serialized_start=1290
-  _globals['_MODELDETERMINISM_PROMISE']._serialized_end=1385
-  _globals['_TENSORSPEC']._serialized_start=1387
-  _globals['_TENSORSPEC']._serialized_end=1514
-  _globals['_DIFFUSIONSPEC']._serialized_start=1517
-  _globals['_DIFFUSIONSPEC']._serialized_end=1826
-  _globals['_DIFFUSIONSPEC_PREDICTION']._serialized_start=1721
-  _globals['_DIFFUSIONSPEC_PREDICTION']._serialized_end=1826
-  _globals['_MODELCARD']._serialized_start=1829
-  _globals['_MODELCARD']._serialized_end=2914
-  _globals['_MODELCARD_CAPABILITY']._serialized_start=2211
-  _globals['_MODELCARD_CAPABILITY']._serialized_end=2286
-  _globals['_MODELCARD_LIKELIHOOD']._serialized_start=2289
-  _globals['_MODELCARD_LIKELIHOOD']._serialized_end=2690
-  _globals['_MODELCARD_LIKELIHOOD_KIND']._serialized_start=2508
-  _globals['_MODELCARD_LIKELIHOOD_KIND']._serialized_end=2583
-  _globals['_MODELCARD_LIKELIHOOD_MEASURE']._serialized_start=2585
-  _globals['_MODELCARD_LIKELIHOOD_MEASURE']._serialized_end=2658
-  _globals['_MODELCARD_COMPARISON']._serialized_start=2693
-  _globals['_MODELCARD_COMPARISON']._serialized_end=2866
-  _globals['_MODELCARD_COMPARISON_METRICSENTRY']._serialized_start=2820
-  _globals['_MODELCARD_COMPARISON_METRICSENTRY']._serialized_end=2866
-  _globals['_MODELCARD_METRICSENTRY']._serialized_start=2820
-  _globals['_MODELCARD_METRICSENTRY']._serialized_end=2866
+  _globals['_MODEL']._serialized_end=1115
+  _globals['_MODEL_FAMILY']._serialized_start=607
+  _globals['_MODEL_FAMILY']._serialized_end=859
+  _globals['_MODEL_STATE']._serialized_start=861
+  _globals['_MODEL_STATE']._serialized_end=986
+  _globals['_MODEL_METHOD']._serialized_start=988
+  _globals['_MODEL_METHOD']._serialized_end=1115
+  _globals['_LATENTSPACE']._serialized_start=1117
+  _globals['_LATENTSPACE']._serialized_end=1203
+  _globals['_MODELDETERMINISM']._serialized_start=1206
+  _globals['_MODELDETERMINISM']._serialized_end=1520
+  _globals['_MODELDETERMINISM_GRAPH']._serialized_start=1326
+  _globals['_MODELDETERMINISM_GRAPH']._serialized_end=1423
+  _globals['_MODELDETERMINISM_PROMISE']._serialized_start=1425
+  _globals['_MODELDETERMINISM_PROMISE']._serialized_end=1520
+  _globals['_TENSORSPEC']._serialized_start=1522
+  _globals['_TENSORSPEC']._serialized_end=1649
+  _globals['_DIFFUSIONSPEC']._serialized_start=1652
+  _globals['_DIFFUSIONSPEC']._serialized_end=1961
+  _globals['_DIFFUSIONSPEC_PREDICTION']._serialized_start=1856
+  _globals['_DIFFUSIONSPEC_PREDICTION']._serialized_end=1961
+  _globals['_MODELCARD']._serialized_start=1964
+  _globals['_MODELCARD']._serialized_end=3049
+  _globals['_MODELCARD_CAPABILITY']._serialized_start=2346
+  _globals['_MODELCARD_CAPABILITY']._serialized_end=2421
+  _globals['_MODELCARD_LIKELIHOOD']._serialized_start=2424
+  _globals['_MODELCARD_LIKELIHOOD']._serialized_end=2825
+  _globals['_MODELCARD_LIKELIHOOD_KIND']._serialized_start=2643
+  _globals['_MODELCARD_LIKELIHOOD_KIND']._serialized_end=2718
+  _globals['_MODELCARD_LIKELIHOOD_MEASURE']._serialized_start=2720
+  _globals['_MODELCARD_LIKELIHOOD_MEASURE']._serialized_end=2793
+  _globals['_MODELCARD_COMPARISON']._serialized_start=2828
+  _globals['_MODELCARD_COMPARISON']._serialized_end=3001
+  _globals['_MODELCARD_COMPARISON_METRICSENTRY']._serialized_start=2955
+  _globals['_MODELCARD_COMPARISON_METRICSENTRY']._serialized_end=3001
+  _globals['_MODELCARD_METRICSENTRY']._serialized_start=2955
+  _globals['_MODELCARD_METRICSENTRY']._serialized_end=3001
 # @@protoc_insertion_point(module_scope)

@@ -163,6 +163,7 @@ class Model(google.protobuf.message.Message):
     CARD_FIELD_NUMBER: builtins.int
     CLASS_PROBABILITIES_FIELD_NUMBER: builtins.int
     DETERMINISM_FIELD_NUMBER: builtins.int
+    LATENT_SPACE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Canonical reference, `NAME@VERSION`, e.g. `mnist-ddpm@3`.
     NAME matches [a-z]([a-z0-9-]{0,61}[a-z0-9])?, VERSION matches [1-9][0-9]{0,8}.
@@ -219,6 +220,13 @@ class Model(google.protobuf.message.Message):
         until the model is loaded.
         """
 
+    @property
+    def latent_space(self) -> Global___LatentSpace:
+        """Diffusion models only: set where the walk is over another model's latents. Then
+        `latent_spec` is what the network walks over, with the range that estimates are
+        clipped to, and `sample_spec` is that other model's.
+        """
+
     def __init__(
         self,
         *,
@@ -235,11 +243,51 @@ class Model(google.protobuf.message.Message):
         card: Global___ModelCard | None = ...,
         class_probabilities: collections.abc.Iterable[builtins.float] | None = ...,
         determinism: Global___ModelDeterminism | None = ...,
+        latent_space: Global___LatentSpace | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["card", b"card", "determinism", b"determinism", "diffusion", b"diffusion", "latent_spec", b"latent_spec", "sample_spec", b"sample_spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["card", b"card", "class_names", b"class_names", "class_probabilities", b"class_probabilities", "determinism", b"determinism", "diffusion", b"diffusion", "digest", b"digest", "failure_reason", b"failure_reason", "family", b"family", "latent_spec", b"latent_spec", "methods", b"methods", "name", b"name", "sample_spec", b"sample_spec", "state", b"state"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["card", b"card", "determinism", b"determinism", "diffusion", b"diffusion", "latent_space", b"latent_space", "latent_spec", b"latent_spec", "sample_spec", b"sample_spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["card", b"card", "class_names", b"class_names", "class_probabilities", b"class_probabilities", "determinism", b"determinism", "diffusion", b"diffusion", "digest", b"digest", "failure_reason", b"failure_reason", "family", b"family", "latent_space", b"latent_space", "latent_spec", b"latent_spec", "methods", b"methods", "name", b"name", "sample_spec", b"sample_spec", "state", b"state"]) -> None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
+
+@typing.final
+class LatentSpace(google.protobuf.message.Message):
+    """Another model's latents, over which a diffusion model walks (latent diffusion,
+    arXiv 2112.10752). That model must be served, and decodes this one's samples.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DECODER_FIELD_NUMBER: builtins.int
+    DECODER_DIGEST_FIELD_NUMBER: builtins.int
+    SCALES_FIELD_NUMBER: builtins.int
+    SHIFTS_FIELD_NUMBER: builtins.int
+    decoder: builtins.str
+    """`NAME@VERSION` of the model whose Decode turns latents into samples."""
+    decoder_digest: builtins.str
+    """`digest` of that model; another one of that name is refused. Empty allows any."""
+    @property
+    def scales(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """A latent of the decoder is scale * x + shift, x being what the network walks over.
+        One value for all, or one for each extent of the first axis of `latent_spec`;
+        empty means 1.
+        """
+
+    @property
+    def shifts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """See `scales`; empty means 0."""
+
+    def __init__(
+        self,
+        *,
+        decoder: builtins.str = ...,
+        decoder_digest: builtins.str = ...,
+        scales: collections.abc.Iterable[builtins.float] | None = ...,
+        shifts: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decoder", b"decoder", "decoder_digest", b"decoder_digest", "scales", b"scales", "shifts", b"shifts"]) -> None: ...
+
+Global___LatentSpace: typing_extensions.TypeAlias = LatentSpace
 
 @typing.final
 class ModelDeterminism(google.protobuf.message.Message):
