@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from latentd_server import shares
 from latentd_server.failures import DeadlineUnreachableError, OverloadedError, QuotaExceededError
-from latentd_server.job import Job
+from latentd_server.job import Job, stages
 from latentd_server.priority import Priority
 from latentd_server.scheduler import Arrival, Batch, GraphKey, graph_key
 from latentd_server.step_costs import WINDOW_S, Decaying, DrainRates, StepCosts
@@ -75,15 +75,22 @@ class _Flow:
 
 
 @dataclass(slots=True, eq=False)
-class _Ticket:
-    """What is left of an accepted job."""
+class _Part:
+    """What is left of an accepted job on one graph."""
 
     key: GraphKey
-    caller: str
     line: _Line
     steps: int
     rows: int
     evaluations: int
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """What is left of an accepted job, on every graph that its lanes go through."""
+
+    caller: str
+    parts: dict[GraphKey, _Part] = field(default_factory=dict)
     paused: bool = False  # and counted in no line, for it keeps nobody waiting
 
 
@@ -136,33 +143,36 @@ class Admission:
         """
         if deadline_s is not None and deadline_s <= now_s:
             raise DeadlineUnreachableError("the deadline has passed before the request was admitted", 0.0)
-        evaluations = job.lane_count * job.evaluations_per_lane
-        self._check_bounds(job, caller, evaluations, now_s)
+        self._check_bounds(job, caller, now_s)
         if deadline_s is not None:
             self._check_reachable(job, caller, priority, now_s, deadline_s - now_s)
-        key = graph_key(job)
-        flow = self._flows.setdefault(key, {}).setdefault(priority, _Flow())
-        line = flow.lines.setdefault(caller, _Line(self._weight(caller), flow))
-        ticket = _Ticket(key, caller, line, _steps(job), job.lane_count * job.rows_per_lane, evaluations)
-        self._tickets[job_id] = ticket
-        self._inflow.add(evaluations, now_s)
-        line.jobs += 1
-        line.add(ticket.rows, ticket.steps, evaluations)
-        self._count(ticket, evaluations)
+        ticket = self._tickets[job_id] = _Ticket(caller)
+        for stage in stages(job):
+            key = graph_key(stage)
+            flow = self._flows.setdefault(key, {}).setdefault(priority, _Flow())
+            line = flow.lines.setdefault(caller, _Line(self._weight(caller), flow))
+            evaluations = stage.lane_count * stage.evaluations_per_lane
+            part = _Part(key, line, _steps(stage), stage.lane_count * stage.rows_per_lane, evaluations)
+            ticket.parts[key] = part
+            self._inflow.add(evaluations, now_s)
+            line.jobs += 1
+            line.add(part.rows, part.steps, evaluations)
+            self._count(part, caller, evaluations)
 
     def ran(self, batch: Batch, arrivals: list[Arrival], size: int, seconds: float, now_s: float) -> None:
         """Learn of a batch: what is done of whose work, and what a call of `size` rows took."""
         for arrival in arrivals:
-            ticket = self._tickets.get(arrival.segment.entry.job_id)
+            ticket = self._tickets.get(arrival.segment.entry.root)
             if ticket is None:
                 continue  # given up while it rode
+            part = ticket.parts[batch.key]
             rows = arrival.segment.rows
             done = rows if arrival.done else 0
-            ticket.rows -= done
-            ticket.evaluations -= rows
+            part.rows -= done
+            part.evaluations -= rows
             if not ticket.paused:
-                ticket.line.add(-done, ticket.steps, -rows)
-            self._count(ticket, -rows)
+                part.line.add(-done, part.steps, -rows)
+            self._count(part, ticket.caller, -rows)
         self._costs.setdefault(batch.key, StepCosts()).timed(size, seconds, now_s)
         self._rates.ran(batch.key[0], batch.rows, seconds)
 
@@ -172,24 +182,26 @@ class Admission:
         if ticket is not None and ticket.paused != paused:
             ticket.paused = paused
             sign = -1 if paused else 1
-            ticket.line.add(sign * ticket.rows, ticket.steps, sign * ticket.evaluations)
+            for part in ticket.parts.values():
+                part.line.add(sign * part.rows, part.steps, sign * part.evaluations)
 
     def ended(self, job_id: int) -> None:
         """Forget a job, finished or not."""
         ticket = self._tickets.pop(job_id, None)
         if ticket is None:
             return
-        line, flows = ticket.line, self._flows[ticket.key]
-        if not ticket.paused:
-            line.add(-ticket.rows, ticket.steps, -ticket.evaluations)
-        self._count(ticket, -ticket.evaluations)
-        line.jobs -= 1
-        if not line.jobs:
-            del line.flow.lines[ticket.caller]
-            for priority in [priority for priority, flow in flows.items() if not flow.lines]:
-                del flows[priority]
-            if not flows:
-                del self._flows[ticket.key]
+        for part in ticket.parts.values():
+            line, flows = part.line, self._flows[part.key]
+            if not ticket.paused:
+                line.add(-part.rows, part.steps, -part.evaluations)
+            self._count(part, ticket.caller, -part.evaluations)
+            line.jobs -= 1
+            if not line.jobs:
+                del line.flow.lines[ticket.caller]
+                for priority in [priority for priority, flow in flows.items() if not flow.lines]:
+                    del flows[priority]
+                if not flows:
+                    del self._flows[part.key]
 
     def forget_model(self, model: str) -> None:
         """Forget what the graphs of a model cost; its last job must be over."""
@@ -201,49 +213,69 @@ class Admission:
     def _weight(self, caller: str) -> float:
         return self._caller_weights.get(caller, 1.0)
 
-    def _count(self, ticket: _Ticket, change: int) -> None:
+    def _count(self, part: _Part, caller: str, change: int) -> None:
         self.backlog += change
-        for book, name in ((self._by_model, ticket.key[0]), (self._by_caller, ticket.caller)):
+        for book, name in ((self._by_model, part.key[0]), (self._by_caller, caller)):
             left = book.get(name, 0) + change
             if left:
                 book[name] = left
             else:
                 book.pop(name, None)
 
-    def _check_bounds(self, job: Job, caller: str, evaluations: int, now_s: float) -> None:
+    def _check_bounds(self, job: Job, caller: str, now_s: float) -> None:
+        asked: dict[str, int] = {}
+        for stage in stages(job):
+            asked[stage.model] = asked.get(stage.model, 0) + stage.lane_count * stage.evaluations_per_lane
+        evaluations = sum(asked.values())
         held, bound = self._by_caller.get(caller, 0), self._bounds.caller
         if held and held + evaluations > bound:
             text = f"a caller may have {bound} evaluations outstanding; this one has {held} and asks for {evaluations}"
             raise QuotaExceededError(f"caller:{caller}", text)
-        held_of_model = self._by_model.get(job.model, 0)
-        for model, held, bound in (
-            ("", self.backlog, self._bounds.server),
-            (job.model, held_of_model, self._bounds.model),
-        ):
-            if held and held + evaluations > bound:
-                excess = min(held, held + evaluations - bound)
+        for model, wanted in (("", evaluations), *asked.items()):
+            held = self._by_model.get(model, 0) if model else self.backlog
+            bound = self._bounds.model if model else self._bounds.server
+            if held and held + wanted > bound:
+                excess = min(held, held + wanted - bound)
                 promises = self._promises.setdefault(model, _Promises(told_s=now_s))
-                retry_s = promises.wait_s(excess, evaluations, self._rates.per_s(model), now_s)
+                retry_s = promises.wait_s(excess, wanted, self._rates.per_s(model), now_s)
                 raise OverloadedError(held, bound, retry_s, model)
 
     def _check_reachable(self, job: Job, caller: str, priority: Priority, now_s: float, left_s: float) -> None:
+        """The longest of a job's stages is judged among others; the rest are taken to be alone, for by then, or until
+        then, those who wait for these graphs now are others.
+        """
+        every = list(stages(job))
+        job = max(every, key=lambda stage: stage.evaluations_per_lane)
+        beside_s = sum(self._alone_s(stage, now_s) for stage in every if stage is not job)
         costs = self._costs.get(graph_key(job))
         if costs is None or not costs.is_fresh(now_s):
             return
         steps, rows = _steps(job), job.lane_count * job.rows_per_lane
         rate = self._rates.per_s()
         last_s = (self.backlog + rows * steps) / rate + steps * costs.typical(self._max_rows) if rate else math.inf
-        if _PLENTY * last_s <= left_s:
+        if _PLENTY * (last_s + beside_s) <= left_s:
             return
-        batches = max(steps, -(-rows * steps // self._max_rows))
-        alone_s = batches * costs.least(min(rows, self._max_rows), now_s)
+        alone_s = beside_s + self._alone_s(job, now_s)
         if alone_s > left_s:
+            batches = sum(self._batches(stage) for stage in every)
             text = f"{batches} evaluations one after another take {alone_s:.3g} s or more; {left_s:.3g} s are left"
             raise DeadlineUnreachableError(text, alone_s)
-        estimate_s = self.estimate_s(job, caller, priority, now_s)
+        estimate_s = beside_s + self.estimate_s(job, caller, priority, now_s)
         if estimate_s > left_s:
             text = f"among the work of others it would take about {estimate_s:.3g} s; {left_s:.3g} s are left"
             raise DeadlineUnreachableError(text, estimate_s)
+
+    def _batches(self, job: Job) -> int:
+        """Calls that a job alone needs, one after another."""
+        steps = _steps(job)
+        return max(steps, -(-job.lane_count * job.rows_per_lane * steps // self._max_rows))
+
+    def _alone_s(self, job: Job, now_s: float) -> float:
+        """Seconds a job needs at least; 0 where that is not known."""
+        costs = self._costs.get(graph_key(job))
+        if costs is None or not costs.is_fresh(now_s):
+            return 0.0
+        return self._batches(job) * costs.least(min(job.lane_count * job.rows_per_lane, self._max_rows), now_s)
 
     def estimate_s(self, job: Job, caller: str, priority: Priority, now_s: float) -> float:
         """Seconds until a job would be done if it were let in now and nobody came after it.

@@ -22,8 +22,9 @@ import numpy as np
 from latentd.v1 import bundle_pb2
 
 from latentd_server.admission import Admission, Bounds
+from latentd_server.courses import Course
 from latentd_server.failures import DeadlineError, DrainingError, RuntimeFailureError, ServingError
-from latentd_server.job import Cost, Event, Failed, Finished, Job, Preview, StepJob
+from latentd_server.job import Array, Cost, Event, Failed, Finished, Job, Preview, StepJob, stages
 from latentd_server.lookahead import Lookahead
 from latentd_server.points import Points
 from latentd_server.priority import Priority
@@ -36,6 +37,9 @@ Sink = Callable[[Event], None]
 _DEVICE_IS_LOST = 8
 """Batches that must fail altogether in a row. Requests are checked at the door and graphs at load, so what fails them
 all is the device."""
+
+_FIRST_STAGE = 2**62
+"""Ids of jobs that only the device thread knows are above those that were handed out."""
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +114,7 @@ class Engine:
         self._points = points or Points()
         self._loop = asyncio.get_running_loop()
         self._sinks: dict[int, Sink] = {}
-        self._models: dict[int, str] = {}  # of the unfinished jobs
+        self._models: dict[int, set[str]] = {}  # that the unfinished jobs need
         self._waiters: dict[str, asyncio.Event] = {}
         self._ids = itertools.count(1)
         self._draining = False
@@ -128,6 +132,8 @@ class Engine:
         self._newcomers: list[tuple[dict[GraphKey, Runner], bool]] = []  # not yet among them
         self._scheduler = Scheduler(max_rows, caller_weights)
         self._self_check = SelfCheck(metrics, self_check_interval_s)
+        self._courses: dict[int, Course] = {}  # by root, of requests of several jobs
+        self._stage_ids = itertools.count(_FIRST_STAGE)
         self._outbox: list[tuple[int, Event]] = []
         self._host_s: dict[GraphKey, float] = {}  # a running mean of what it takes to make a call ready
         self._fastest_s: dict[tuple[GraphKey, int], float] = {}  # calls, by size
@@ -177,7 +183,7 @@ class Engine:
         with self._admission_lock:
             self._admission.admit(job_id, job, caller, priority, now, deadline)
         self._sinks[job_id] = sink
-        self._models[job_id] = job.model
+        self._models[job_id] = {stage.model for stage in stages(job)}
         self._idle.clear()
         self._tell(lambda: self._admit(job_id, job, caller, priority, now, deadline))
         return job_id
@@ -199,7 +205,7 @@ class Engine:
     def _pause(self, job_id: int, paused: bool) -> None:
         with self._admission_lock:
             self._admission.pause(job_id, paused)
-        self._tell(lambda: self._scheduler.pause(job_id, paused))
+        self._tell(lambda: self._sit_out(job_id, paused))
 
     def drain(self) -> None:
         """Refuse new work from now on; what was accepted is finished."""
@@ -210,8 +216,8 @@ class Engine:
         await self._idle.wait()
 
     async def finished(self, model: str) -> None:
-        """Wait until no accepted job of a model is unfinished."""
-        while model in self._models.values():
+        """Wait until no accepted job that needs a model is unfinished."""
+        while any(model in needed for needed in self._models.values()):
             await self._waiters.setdefault(model, asyncio.Event()).wait()
 
     def attach(self, runners: dict[GraphKey, Runner], *, promise: bool = False) -> None:
@@ -243,9 +249,9 @@ class Engine:
 
     def _forget_sink(self, job_id: int) -> bool:
         known = self._sinks.pop(job_id, None) is not None
-        waiter = self._waiters.pop(self._models.pop(job_id, ""), None)
-        if waiter is not None:
-            waiter.set()
+        for model in self._models.pop(job_id, ()):
+            if (waiter := self._waiters.pop(model, None)) is not None:
+                waiter.set()
         if not self._sinks:
             self._idle.set()
         return known
@@ -332,7 +338,7 @@ class Engine:
             return False
         now_s = self._clock()
         entries = [segment.entry for segment in flight.batch.segments]
-        return any(entry.job_id in leavers or (entry.deadline_s or math.inf) <= now_s for entry in entries)
+        return any(entry.root in leavers or (entry.deadline_s or math.inf) <= now_s for entry in entries)
 
     def _meanwhile(self, landing: Flight | None, flight: Flight) -> tuple[Flight | None, bool]:
         """The host work beside a call: deal with the one before, then make the next one ready, as late as may be, for
@@ -447,7 +453,18 @@ class Engine:
     def _admit(
         self, job_id: int, job: Job, caller: str, priority: Priority, now: float, deadline: float | None
     ) -> None:
-        self._points.queued(self._scheduler.add(job_id, job, caller, now, deadline, priority))
+        entry = self._scheduler.add(job_id, job, caller, now, deadline, priority)
+        if job.then is not None:
+            self._courses[job_id] = Course(job.lane_count)
+            self._courses[job_id].begin(entry, np.arange(job.lane_count), Cost())
+        self._points.queued(entry)
+
+    def _sit_out(self, job_id: int, paused: bool) -> None:
+        course = self._courses.get(job_id)
+        if course is not None:
+            course.paused = paused
+        for each in [job_id] if course is None else course.stages:
+            self._scheduler.pause(each, paused)
 
     def _welcome(self) -> None:
         """Take over the graphs of new models. Warming up takes the device, so this is for its own thread to do."""
@@ -502,39 +519,79 @@ class Engine:
         return outcomes
 
     def _report(self, arrival: Arrival, outcome: Outcome) -> None:
+        if not arrival.done and outcome.preview is None:
+            return
         entry, segment = arrival.segment.entry, arrival.segment
-        lanes = np.arange(segment.start, segment.start + segment.count)
+        course = self._courses.get(entry.root)
+        if course is None:
+            lanes, each = np.arange(segment.start, segment.start + segment.count), segment.cohort.cost
+        else:
+            lanes, each = course.stages[entry.job_id].arrived(arrival)
         if arrival.done:
             assert outcome.outputs is not None
-            each = segment.cohort.cost
+            if course is not None and entry.job.then is not None:
+                self._hand_on(course, entry, entry.job.then.take(lanes, outcome.outputs), lanes, each)
+                if arrival.last:
+                    self._leave(entry, course)
+                return
+            last = arrival.last
+            if course is not None:
+                course.lanes_left -= segment.count
+                last = not course.lanes_left
+                if arrival.last:
+                    self._leave(entry, course)
             cost = Cost(each.queue_s, each.compute_s, each.evaluations * segment.count, each.batches, each.rows)
-            self._outbox.append((entry.job_id, Finished(lanes, outcome.outputs, cost, arrival.last)))
-            if arrival.last:
-                self._forget(entry)
-        elif outcome.preview is not None:
+            self._outbox.append((entry.root, Finished(lanes, outcome.outputs, cost, last)))
+            if last:
+                self._forget(entry.root)
+        else:
             assert isinstance(entry.job, StepJob)
             table = entry.job.tables[0]
             steps = int(table.completed_steps[segment.position])
-            self._outbox.append((entry.job_id, Preview(lanes, steps, table.step_count, outcome.preview)))
+            assert outcome.preview is not None
+            self._outbox.append((entry.root, Preview(lanes, steps, table.step_count, outcome.preview)))
+
+    def _hand_on(self, course: Course, entry: Entry, job: Job, lanes: Array, each: Cost) -> None:
+        """Lanes that are done go on as a job of their own, among those of the same caller and class."""
+        stage = self._scheduler.add(
+            next(self._stage_ids), job, entry.caller, entry.admitted_s, entry.deadline_s, entry.priority, entry.root
+        )
+        course.begin(stage, lanes, each)
+        if course.paused:
+            self._scheduler.pause(stage.job_id, True)
+        self._points.queued(stage)
 
     def _fail(self, job_id: int, error: ServingError) -> None:
-        self._drop(job_id)
-        self._outbox.append((job_id, Failed(error)))
+        """Give a request up by any of its jobs."""
+        entry = self._scheduler.find(job_id)
+        root = job_id if entry is None else entry.root
+        self._drop(root)
+        self._outbox.append((root, Failed(error)))
 
     def _drop(self, job_id: int) -> None:
-        """Take an unfinished job off the books."""
+        """Take an unfinished request off the books."""
         self._leavers.discard(job_id)
-        entry = self._scheduler.find(job_id)
-        if entry is None:
-            return
-        self._metrics.evaluations_wasted(self._forget(entry))
+        if job_id in self._courses or self._scheduler.find(job_id) is not None:
+            self._metrics.evaluations_wasted(self._forget(job_id))
 
-    def _forget(self, entry: Entry) -> int:
+    def _forget(self, job_id: int) -> int:
+        """Take a request off the books, finished or not; returns the evaluations spent on its unfinished lanes."""
+        with self._admission_lock:
+            self._admission.ended(job_id)
+        course = self._courses.pop(job_id, None)
+        if course is not None:
+            spent = course.spent_before()
+            return spent + sum(self._leave(stage.entry, course) for stage in list(course.stages.values()))
+        entry = self._scheduler.find(job_id)
+        return 0 if entry is None else self._leave(entry)
+
+    def _leave(self, entry: Entry, course: Course | None = None) -> int:
+        """Take one job off the books; returns the evaluations spent in it on its unfinished lanes."""
         runner = self._runners.get(entry.key)
         if runner is not None:
             runner.forget(entry.job_id)
-        with self._admission_lock:
-            self._admission.ended(entry.job_id)
+        if course is not None:
+            del course.stages[entry.job_id]
         return self._scheduler.remove(entry.job_id)
 
     def _post(self) -> None:

@@ -4,8 +4,10 @@
 events carry the outcome back. Two kinds exist:
 
 * a `StepJob` walks lanes of a diffusion model down a table of coefficients (`samplers.Table`), one
-  evaluation of the denoiser at a time;
+  evaluation of the denoiser at a time, or scores by lanes that are one evaluation each (`BoundTerms`);
 * a `CallJob` wants one evaluation of one graph for every row (VAE, GAN, encoders, scorers).
+
+A job may say what becomes of its finished lanes (`then`): lanes of a job of the same request on another graph.
 
 A lane is one sample of a job. An evaluation is one row of one network call; a guided lane takes two
 rows, hence two evaluations, per step.
@@ -13,13 +15,14 @@ rows, hence two evaluations, per step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from latentd.v1 import bundle_pb2, model_pb2
 from numpy.typing import NDArray
 
+from latentd_server.bound_terms import BoundTerms
 from latentd_server.noise import Purpose
 from latentd_server.samplers import Table
 from latentd_server.schedules import Schedule
@@ -35,6 +38,7 @@ class Servable:
     schedule: Schedule | None  # diffusion models only
     determinism_class: str
     promise: bool = True  # whether equal classes promise anything; if not, no two answers get the same
+    decoder: Servable | None = None  # the model that `Model.latent_space` names
 
     @property
     def model(self) -> model_pb2.Model:
@@ -63,7 +67,7 @@ class StepJob:
     model: str  # canonical name
     lane_count: int
     tables: tuple[Table, ...]  # one for all lanes, or one each; all of the same length
-    start: Start
+    start: Start | BoundTerms
     seed: int
     sample_indices: Array  # [n] i64; what the seed is combined with
     labels: Array  # [n] i64; -1 is the unconditional network
@@ -72,6 +76,7 @@ class StepJob:
     preview_interval: int = 0  # solver steps between previews; 0 is none
     estimates_wanted: bool = False  # report the last evaluation's x0 and eps
     history_wanted: bool = False  # report the history register
+    then: Handover | None = None
 
     @property
     def evaluations_per_lane(self) -> int:
@@ -106,6 +111,7 @@ class CallJob:
     seed: int
     sample_indices: Array  # [n] i64
     draw_indices: Array  # [n] i64; the k-th Monte Carlo draw of a row, else 0
+    then: Handover | None = None
 
     @property
     def evaluations_per_lane(self) -> int:
@@ -119,6 +125,64 @@ class CallJob:
 
 
 Job = StepJob | CallJob
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Handover:
+    """What becomes of finished lanes: lanes of another job, made of what they report."""
+
+    job: Job  # with as many lanes as the request; but for what is handed over
+    output: str  # of what the lanes report
+    into: str  # the graph input it is for; of a walk's job, "" for x at the first evaluation
+    scale: Array  # f32, against rows of `output`
+    shift: Array  # f32; what goes on is scale * output + shift
+
+    def take(self, lanes: Array, outputs: Mapping[str, Array]) -> Job:
+        """The job of these lanes of the request, [k] i64, of which `outputs` is what they reported, [k, ...]."""
+        values = self.scale * outputs[self.output] + self.shift
+        job = lanes_of(self.job, lanes)
+        if isinstance(job, CallJob):
+            return replace(job, feeds={**job.feeds, self.into: values})
+        assert isinstance(job.start, Start)
+        return replace(job, start=replace(job.start, values=values))
+
+
+def stages(job: Job) -> Iterator[Job]:
+    """A job and what its lanes go on to, each with all of the request's lanes."""
+    yield job
+    while job.then is not None:
+        job = job.then.job
+        yield job
+
+
+def lanes_of(job: Job, lanes: Array) -> Job:
+    """A job of some of a job's lanes, [k] i64. Shares no memory with it that would keep the other lanes alive."""
+
+    def rows(values: Array) -> Array:
+        return values[lanes] if len(values) > 1 else values.copy()
+
+    if isinstance(job, CallJob):
+        return replace(
+            job,
+            lane_count=len(lanes),
+            feeds={name: feed if isinstance(feed, Noise) else rows(feed) for name, feed in job.feeds.items()},
+            sample_indices=rows(job.sample_indices),
+            draw_indices=rows(job.draw_indices),
+        )
+    start = job.start
+    if isinstance(start, BoundTerms):
+        start = start.of_lanes(lanes)
+    else:
+        values = None if start.values is None else rows(start.values)
+        start = replace(start, values=values, history=None if start.history is None else rows(start.history))
+    return replace(
+        job,
+        lane_count=len(lanes),
+        tables=tuple(job.tables[lane] for lane in lanes) if len(job.tables) > 1 else job.tables,
+        start=start,
+        sample_indices=rows(job.sample_indices),
+        labels=rows(job.labels),
+    )
 
 
 @dataclass(slots=True)
@@ -146,7 +210,8 @@ class Preview:
 class Finished:
     """Lanes that are done. Sent once for every lane.
 
-    Steps report `sample` (x after the last update) and, where wanted, `denoised`, `noise` and `history`;
+    Steps report `sample` (x after the last update) and, where wanted, `denoised`, `noise` and `history`; terms of
+    a bound report `nats` alone;
     calls report the graph's outputs, and its inputs where asked for, by name.
     """
 
@@ -171,10 +236,13 @@ __all__ = [
     "Event",
     "Failed",
     "Finished",
+    "Handover",
     "Job",
     "Noise",
     "Preview",
     "Servable",
     "Start",
     "StepJob",
+    "lanes_of",
+    "stages",
 ]

@@ -81,11 +81,13 @@ class Entry:
     arrival: int = 0  # number in the order of arrival
     paused: bool = False
     ready: bool = False  # has lanes that may ride; kept by the scheduler
+    root: int = field(init=False)  # the job of the request, where its lanes come from another one
     key: GraphKey = field(init=False)
     rows_per_lane: int = field(init=False)
     evaluation_count: int = field(init=False)  # of one lane's walk
 
     def __post_init__(self) -> None:
+        self.root = self.job_id
         self.key = graph_key(self.job)
         self.rows_per_lane = self.job.rows_per_lane
         self.evaluation_count = len(self.job.tables[0].timesteps) if isinstance(self.job, StepJob) else 1
@@ -260,10 +262,12 @@ class Scheduler:
         now_s: float,
         deadline_s: float | None = None,
         priority: Priority = Priority.NORMAL,
+        root: int | None = None,
     ) -> Entry:
-        """Put a job on the books."""
+        """Put a job on the books; `root` is the job of the same request that came first, if this one is not it."""
         entry = Entry(job_id, job, caller, priority, now_s, deadline_s, [Cohort(0, job.lane_count, 0)])
         entry.arrival = self._arrivals = self._arrivals + 1
+        entry.root = job_id if root is None else root
         queue = self._queues.get(entry.key)
         if queue is None:
             queue = self._queues[entry.key] = _Queue(entry.key)

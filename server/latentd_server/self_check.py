@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from latentd.v1 import bundle_pb2
 
-from latentd_server.job import CallJob, Job, Noise, StepJob
+from latentd_server.job import Job, StepJob, lanes_of
 from latentd_server.runners import Outcome, Runner, evaluate
 from latentd_server.runtime import Array
 from latentd_server.scheduler import Arrival, Cohort, Entry, GraphKey, Scheduler, Segment
@@ -132,31 +132,6 @@ def _digest(outputs: Mapping[str, Array], row: int) -> bytes:
 
 
 def _lane_of(job: Job, lane: int) -> Job:
-    """A job of one lane of another; shares no memory with it that would keep the other lanes alive."""
-
-    def row(values: Array) -> Array:
-        return values[lane : lane + 1].copy() if len(values) > 1 else values.copy()
-
-    if isinstance(job, CallJob):
-        return replace(
-            job,
-            lane_count=1,
-            feeds={name: feed if isinstance(feed, Noise) else row(feed) for name, feed in job.feeds.items()},
-            sample_indices=row(job.sample_indices),
-            draw_indices=row(job.draw_indices),
-        )
-    assert isinstance(job, StepJob)
-    start = job.start
-    return replace(
-        job,
-        lane_count=1,
-        tables=(job.tables[lane],) if len(job.tables) > 1 else job.tables,
-        start=replace(
-            start,
-            values=None if start.values is None else row(start.values),
-            history=None if start.history is None else row(start.history),
-        ),
-        sample_indices=row(job.sample_indices),
-        labels=row(job.labels),
-        preview_interval=0,
-    )
+    """A job of one lane of another, of which nothing is handed on or looked at on the way."""
+    one = replace(lanes_of(job, np.array([lane])), then=None)
+    return replace(one, preview_interval=0) if isinstance(one, StepJob) else one
