@@ -22,9 +22,13 @@ Words = NDArray[np.uint64]  # 32-bit words, held in 64 bits so that their produc
 
 _WORD = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
-_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
-_KEY_INCREMENTS = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
+_FACTORS = 0xD2511F53, 0xCD9E8D57
+_INCREMENTS = 0x9E3779B9, 0xBB67AE85
+_MULTIPLIERS = np.array(_FACTORS, dtype=np.uint64)[:, None]
+_KEY_INCREMENTS = np.array(_INCREMENTS, dtype=np.uint64)[:, None]
 _ROUNDS = 10
+_FEW = 8
+"""Numbers up to which Python's integers are faster than arrays."""
 _BLOCKS_PER_CHUNK = 4096  # what is computed at once stays in a core's caches
 
 
@@ -97,9 +101,12 @@ def labels(seed: int, samples: Indices, cumulative: NDArray[np.float64]) -> Indi
     seeds = np.full(samples.shape, seed, dtype=np.int64)
     steps = np.zeros_like(samples)
     _check(seeds, samples, steps)
-    rows = np.arange(len(samples))
-    words = _blocks(seeds, samples, steps, Purpose.LABEL, rows, np.zeros_like(rows))
-    drawn: Indices = np.searchsorted(cumulative, _midpoints(words[0]) * cumulative[-1], side="right")
+    if len(samples) <= _FEW:
+        first = np.array([_first_word(seed, sample, 0, Purpose.LABEL) for sample in samples.tolist()], np.uint64)
+    else:
+        rows = np.arange(len(samples))
+        first = _blocks(seeds, samples, steps, Purpose.LABEL, rows, np.zeros_like(rows))[0]
+    drawn: Indices = np.searchsorted(cumulative, _midpoints(first) * cumulative[-1], side="right")
     return drawn
 
 
@@ -113,6 +120,17 @@ def philox(counter: Words, key: Words) -> Words:
         even ^= round_key
         odd = (product & _WORD)[::-1]
     return np.stack([even, odd], axis=1).reshape(counter.shape)
+
+
+def _first_word(seed: int, sample: int, step: int, purpose: int) -> int:
+    """What `philox` gives first of block 0, by Python's integers: for one number that is a tenth of NumPy's time."""
+    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    a, b, c, d = 0, step, sample, purpose
+    for _ in range(_ROUNDS):
+        first, second = _FACTORS[0] * a, _FACTORS[1] * c
+        a, b, c, d = second >> 32 ^ b ^ low, second & 0xFFFFFFFF, first >> 32 ^ d ^ high, first & 0xFFFFFFFF
+        low, high = low + _INCREMENTS[0] & 0xFFFFFFFF, high + _INCREMENTS[1] & 0xFFFFFFFF
+    return a
 
 
 def _draw(

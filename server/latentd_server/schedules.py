@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from latentd.v1 import model_pb2
@@ -87,9 +88,14 @@ class Schedule:
         total = self.timestep_count
         if not 1 <= count <= total:
             raise ValueError(f"must be from 1 to {total}, the model's number of timesteps, not {count}")
-        whole, rest = np.divmod(total * np.arange(count, 0, -1), count)
-        rounded_up = (2 * rest > count) | ((2 * rest == count) & (whole % 2 == 1))  # half to even, in integers
-        return tuple((whole + rounded_up - 1).tolist())
+        return _spaced(total, count)
+
+
+@lru_cache(maxsize=1024)
+def _spaced(total: int, count: int) -> tuple[int, ...]:
+    whole, rest = np.divmod(total * np.arange(count, 0, -1), count)
+    rounded_up = (2 * rest > count) | ((2 * rest == count) & (whole % 2 == 1))  # half to even, in integers
+    return tuple((whole + rounded_up - 1).tolist())
 
 
 def from_strength(timesteps: Sequence[int], strength: float) -> tuple[int, ...]:

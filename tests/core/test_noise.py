@@ -236,3 +236,11 @@ def test_label_depends_on_its_own_sample_alone():
     cumulative = np.linspace(0.1, 1, 10)
     many = labels(9, np.arange(50), cumulative)
     assert [int(labels(9, indices(i), cumulative)[0]) for i in range(50)] == many.tolist()
+
+
+@given(seed=st.integers(-(2**63), 2**63 - 1), first=st.integers(0, 2**31 - 100))
+def test_labels_of_few_samples_are_those_of_many(seed, first):
+    """One number at a time or all in arrays, for any seed and sample: both ways of counting give the same labels."""
+    cumulative = np.cumsum(np.full(1000, 1e-3))
+    samples = first + np.arange(100)
+    assert labels(seed, samples[:5], cumulative).tolist() == labels(seed, samples, cumulative)[:5].tolist()
