@@ -22,7 +22,7 @@ _NEEDED_ROLES = {
     model_pb2.Model.METHOD_DECODE: (bundle_pb2.Network.ROLE_DECODER, bundle_pb2.Network.ROLE_DENOISER),
     model_pb2.Model.METHOD_ENCODE: (bundle_pb2.Network.ROLE_ENCODER, bundle_pb2.Network.ROLE_DENOISER),
     model_pb2.Model.METHOD_DENOISE: (bundle_pb2.Network.ROLE_DENOISER,),
-    model_pb2.Model.METHOD_SCORE: (bundle_pb2.Network.ROLE_SCORER,),
+    model_pb2.Model.METHOD_SCORE: (bundle_pb2.Network.ROLE_SCORER, bundle_pb2.Network.ROLE_DENOISER),
 }
 
 
@@ -126,6 +126,8 @@ def _model_problems(bundle: bundle_pb2.Bundle, expected_name: str) -> list[str]:
         found.append("model.sample_spec.shape must name positive extents")
     if not model.sample_spec.min_value < model.sample_spec.max_value:
         found.append("model.sample_spec must have min_value < max_value")
+    if model.sample_spec.level_count == 1 or model.sample_spec.level_count < 0:
+        found.append("model.sample_spec.level_count must be 0, for no levels, or at least 2")
     probabilities = model.class_probabilities
     if probabilities and (
         len(probabilities) != len(model.class_names)

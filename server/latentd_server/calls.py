@@ -133,6 +133,7 @@ def score(
 
     Without a label a likelihood or a bound is that of p(x) = sum over labels of p(label) p(x | label).
     """
+    fields.absent(request, ("timestep_count",), "", "only the bound of a diffusion model is a sum over timesteps")
     graph = model.graphs[Role.ROLE_SCORER]
     meaning = next(meaning for meaning in SCORES if meaning in graph.outputs)
     count = None if samples is None else len(samples)

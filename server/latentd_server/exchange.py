@@ -28,7 +28,7 @@ from latentd_server.failures import (
 )
 from latentd_server.job import Event, Finished, Job, Preview, Servable
 from latentd_server.metrics import Metrics
-from latentd_server.plans import Diffusing, Limits, Loop, LoopStep, Sampling, Scoring
+from latentd_server.plans import Bounding, Diffusing, Limits, Loop, LoopStep, Sampling, Scoring
 from latentd_server.priority import Priority, of_metadata
 from latentd_server.respond import Gathered
 
@@ -242,7 +242,8 @@ class SingleExchange(Exchange):
         self._gathered.add(event)
         if event.last:
             plan = self._plan
-            self.account.samples = plan.row_count if isinstance(plan, Scoring) else plan.job.lane_count
+            counts_rows = isinstance(plan, Scoring | Bounding)
+            self.account.samples = plan.row_count if counts_rows else plan.job.lane_count
             size = sum(values.nbytes for values in self._gathered.outputs.values())
             self._unanswered = 0
             self.reply.send(self._answer(plan, self._gathered, self.reply.new()), size, final=True)

@@ -28,6 +28,7 @@ class Range:
     data_type: tensor_pb2.DataType.ValueType
     low: float
     high: float
+    level_count: int = 0  # evenly spaced values that data can have; 0 where they are continuous, or it is not known
 
     @property
     def bounded(self) -> bool:
@@ -119,6 +120,18 @@ class Scoring:
     row_count: int
     draw_count: int
     log_prior: Array  # [c] f64, ln p(label) of the classes summed over; [0.0] where there is nothing to sum over
+
+
+@dataclass(frozen=True, slots=True)
+class Bounding:
+    """Score by the variational bound of a diffusion model. Lanes of the job run over (row, draw, term), the last
+    fastest; the first term of each draw is that of timestep 0.
+    """
+
+    job: StepJob
+    prior: Array  # [n] f64, L_T
+    row_count: int
+    draw_count: int
 
 
 @dataclass(frozen=True, slots=True)

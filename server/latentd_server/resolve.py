@@ -7,12 +7,13 @@ Every function raises FieldsInvalidError, which lists every violation, and Metho
 """
 
 import numpy as np
-from latentd.v1 import generation_service_pb2, model_pb2
+from latentd.v1 import bundle_pb2, generation_service_pb2, model_pb2
 
-from latentd_server import calls, loops, walks
+from latentd_server import bounds, calls, loops, walks
 from latentd_server.fields import MAX_INT32, Fields
 from latentd_server.job import Servable
 from latentd_server.plans import (
+    Bounding,
     Decoding,
     Denoising,
     Diffusing,
@@ -71,12 +72,14 @@ def denoise_step(request: generation_service_pb2.DenoiseStepRequest, servable: S
     return walks.denoise_step(Fields(), request, model, limits)
 
 
-def score(request: generation_service_pb2.ScoreRequest, servable: Servable, limits: Limits) -> Scoring:
+def score(request: generation_service_pb2.ScoreRequest, servable: Servable, limits: Limits) -> Scoring | Bounding:
     """Resolve Score."""
     model = supporting(servable, Model.METHOD_SCORE)
     fields = Fields()
     samples = fields.rows(request.samples, "samples", model.sample, limits.max_samples, is_sample=True)
-    return calls.score(fields, request, samples, model, limits)
+    if bundle_pb2.Network.ROLE_SCORER in model.graphs:
+        return calls.score(fields, request, samples, model, limits)
+    return bounds.score(fields, request, samples, model, limits)
 
 
 def open_loop(

@@ -14,6 +14,7 @@ from latentd_server import noise
 from latentd_server.job import Array, Cost, Finished, Preview
 from latentd_server.noise import Purpose
 from latentd_server.plans import (
+    Bounding,
     Decoding,
     Denoising,
     Diffusing,
@@ -178,23 +179,41 @@ def denoised(
 
 
 def scored(
-    plan: Scoring, gathered: Gathered, into: generation_service_pb2.ScoreResponse
+    plan: Scoring | Bounding, gathered: Gathered, into: generation_service_pb2.ScoreResponse
 ) -> generation_service_pb2.ScoreResponse:
-    """One number a row.
+    """One number a row."""
+    if isinstance(plan, Bounding):
+        _bound(plan, gathered, into)
+    else:
+        into.values.extend(_score(plan, gathered).tolist())
+        into.type = plan.type
+    tell(gathered.cost, into.stats)
+    return into
+
+
+def _bound(plan: Bounding, gathered: Gathered, into: generation_service_pb2.ScoreResponse) -> None:
+    """The bound of each row. Its terms are added up row by row, so that its bytes are its own."""
+    nats = gathered.outputs["nats"].reshape(plan.row_count, plan.draw_count, -1)
+    reconstruction = np.array([row[:, 0].sum() for row in nats])
+    diffusion = np.array([row[:, 1:].sum() for row in nats])
+    into.values.extend((-(plan.prior + diffusion + reconstruction)).tolist())
+    into.type = generation_service_pb2.ScoreResponse.TYPE_EVIDENCE_LOWER_BOUND
+    into.terms.prior.extend(plan.prior.tolist())
+    into.terms.diffusion.extend(diffusion.tolist())
+    into.terms.reconstruction.extend(reconstruction.tolist())
+
+
+def _score(plan: Scoring, gathered: Gathered) -> NDArray[np.float64]:
+    """What a scorer's answers come to, [n] f64.
 
     K draws of a bound are combined inside each class as ln mean exp, which makes them the importance weighted
     bound IWAE-K (Burda et al., arXiv 1509.00519, eq. 8); classes as ln sum p(label) exp.
     """
     values = gathered.outputs[plan.value].astype(np.float64).reshape(plan.row_count, -1, plan.draw_count)
     if plan.type == generation_service_pb2.ScoreResponse.TYPE_REAL_PROBABILITY:
-        reduced = values.mean(axis=(1, 2))
-    else:
-        by_class = _log_sum_exp(values) - math.log(plan.draw_count)
-        reduced = _log_sum_exp(by_class + plan.log_prior)
-    into.values.extend(reduced.tolist())
-    into.type = plan.type
-    tell(gathered.cost, into.stats)
-    return into
+        return np.asarray(values.mean(axis=(1, 2)))
+    by_class = _log_sum_exp(values) - math.log(plan.draw_count)
+    return _log_sum_exp(by_class + plan.log_prior)
 
 
 def loop_opened(

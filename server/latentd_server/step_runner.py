@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentd_server import step_graph
+from latentd_server.bound_terms import BoundTerms
 from latentd_server.certificate import Buckets
 from latentd_server.draws import Draws, StepNoise, draw_steps
 from latentd_server.job import StepJob
@@ -26,7 +27,7 @@ from latentd_server.state_pool import Slots, StatePool
 log = logging.getLogger(__name__)
 
 _F32, _I64 = np.dtype(np.float32), np.dtype(np.int64)
-_START = word(Purpose.START)
+_START, _SCORE = word(Purpose.START), word(Purpose.SCORE)
 _UNDER_WAY = Outcome()
 _OUTPUTS = {"x": "sample", "h": "history", "x0": "denoised", "eps": "noise"}
 """What finished lanes' rows are called."""
@@ -262,7 +263,8 @@ class StepRunner:
                     asked = reads.setdefault(name, [])
                     spans[name] = slice(len(asked), len(asked) + count)
                     asked += walk.slots[first:stop] if name in step_graph.STATE else own
-                endings.append(_Ending(number, job_id, walk, slice(first, stop), "x" in wanted, spans))
+                finished = position == len(job.tables[0].timesteps) - 1
+                endings.append(_Ending(number, job_id, walk, slice(first, stop), finished, spans))
             lane += count
         size = self._buckets.fit(rows)
         frame = self._frame(size)
@@ -317,12 +319,15 @@ class StepRunner:
         for walk, lanes in starts:
             start = walk.job.start
             span = slice(done, done + lanes.stop - lanes.start)
+            done = span.stop
+            if isinstance(start, BoundTerms):
+                x[span] = start.means(lanes)
+                continue
             if start.values is not None:
                 given = start.values if len(start.values) == 1 else start.values[lanes]
                 x[span] = given if start.scale == 1.0 else np.float32(start.scale) * given
             if start.history is not None:
                 h[span] = start.history[lanes]
-            done = span.stop
         noisy = [index for index, scale in enumerate(scales) if scale]
         if noisy:
             x.reshape(len(x), -1)[noisy] += np.array(scales, np.float32)[noisy, None] * values
@@ -392,7 +397,12 @@ class StepRunner:
             if not ending.finished:
                 outcomes[ending.segment] = Outcome(preview=taken["x0"])
                 continue
-            outcomes[ending.segment] = Outcome(outputs={_OUTPUTS[name]: array for name, array in taken.items()})
+            terms = ending.walk.job.start
+            if isinstance(terms, BoundTerms):
+                outputs = {"nats": terms.nats(ending.lanes, taken["x0"])}
+            else:
+                outputs = {_OUTPUTS[name]: array for name, array in taken.items()}
+            outcomes[ending.segment] = Outcome(outputs=outputs)
             if self._walks.get(ending.job_id) is ending.walk:
                 self._free(ending.walk, ending.lanes)
         self._spare.setdefault(prepared.frame.capacity, []).append(prepared.frame)
@@ -430,8 +440,12 @@ def _ask_for_starts(starts: list[tuple[_Walk, slice]], draws: Draws) -> list[flo
     """Ask for the noise that lanes start with, and give its scale for each lane; 0 where there is none."""
     scales: list[float] = []
     for walk, lanes in starts:
-        samples = walk.samples[lanes]
-        scale = walk.job.start.noise_scale
+        start, samples = walk.job.start, walk.samples[lanes]
+        if isinstance(start, BoundTerms):
+            scales += start.sigmas[lanes].tolist()
+            draws.want(_SCORE, walk.job.seed, samples, start.draws[lanes].tolist())
+            continue
+        scale = start.noise_scale
         scales += [scale] * len(samples)
         if scale:
             draws.want(_START, walk.job.seed, samples, [0] * len(samples))
@@ -441,6 +455,8 @@ def _ask_for_starts(starts: list[tuple[_Walk, slice]], draws: Draws) -> list[flo
 def _wanted(job: StepJob, position: int) -> tuple[str, ...]:
     """What is read after a lane's evaluation: of the state and estimates, by name."""
     table = job.tables[0]
+    if isinstance(job.start, BoundTerms):
+        return ("x0",)
     if position == len(table.timesteps) - 1:
         estimates = step_graph.ESTIMATES if job.estimates_wanted else ()
         return ("x", *estimates, *(("h",) if job.history_wanted else ()))

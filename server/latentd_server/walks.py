@@ -85,7 +85,7 @@ def encode(
             "diffusion.eta", f"must be unset or 0: DDIM inversion is deterministic; got {request.diffusion.eta:g}"
         )
     walk = read_walk(fields, request.diffusion, model, limits, None, DDIM, (DDIM,))
-    labels = _labels_or_unconditional(fields, request.condition, samples, model, walk.guidance_scale if walk else 1.0)
+    labels = labels_or_unconditional(fields, request.condition, samples, model, walk.guidance_scale if walk else 1.0)
     if walk is None or samples is None:
         raise fields.error()
     job = StepJob(
@@ -175,7 +175,7 @@ def denoise_step(
     if request.next_timesteps:
         followings = _per_row(fields, request.next_timesteps, "next_timesteps", count, CLEAN, last - 1)
     guidance = read_guidance(fields, request, "guidance_scale", model)
-    labels = _labels_or_unconditional(fields, request.condition, states, model, guidance)
+    labels = labels_or_unconditional(fields, request.condition, states, model, guidance)
     eta = fields.number(request.eta, "eta", 0, 1)
     if request.eta > 0 and not request.HasField("seed"):
         fields.reject("seed", "must be set where eta is above 0: the step draws fresh noise")
@@ -209,7 +209,7 @@ def _unconditional(count: int) -> NDArray[np.int64]:
     return np.full(count, UNCONDITIONAL, np.int64)
 
 
-def _labels_or_unconditional(
+def labels_or_unconditional(
     fields: Fields,
     condition: generation_service_pb2.Condition,
     rows: NDArray[np.float32] | None,

@@ -162,7 +162,7 @@ def supporting(servable: Servable, method: model_pb2.Model.Method.ValueType) -> 
 
 def _range(spec: model_pb2.TensorSpec) -> Range:
     data_type = spec.data_type or tensor_pb2.DATA_TYPE_FLOAT32
-    return Range(tuple(spec.shape), data_type, spec.min_value, spec.max_value)
+    return Range(tuple(spec.shape), data_type, spec.min_value, spec.max_value, spec.level_count)
 
 
 def _graph(network: bundle_pb2.Network) -> Graph:
@@ -194,7 +194,7 @@ def problems(bundle: bundle_pb2.Bundle) -> list[str]:
     if not diffusion and (latent.min_value, latent.max_value) not in ((0, 0), (0, 1)):
         found.append("model.latent_spec must have no range (a normal prior) or that of 0 to 1 (a uniform prior)")
     for method, role in _METHOD_GRAPHS.items():
-        if method in model.methods and (method == Model.METHOD_SCORE or not diffusion) and role not in roles:
+        if method in model.methods and not diffusion and role not in roles:
             name = bundle_pb2.Network.Role.Name(role)
             found.append(f"model.methods: {METHODS[method]} needs a graph with {name}")
     for network in bundle.networks:

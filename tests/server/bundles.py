@@ -147,6 +147,7 @@ def write_diffusion(
             model_pb2.Model.METHOD_ENCODE,
             model_pb2.Model.METHOD_DECODE,
             model_pb2.Model.METHOD_DENOISE,
+            model_pb2.Model.METHOD_SCORE,
         ],
         sample_spec=spec_of(SHAPE, -1, 1),
         latent_spec=spec_of(SHAPE),

@@ -8,7 +8,7 @@ import pytest
 from bundles import write_diffusion, write_echo, write_gan, write_vae
 from google.protobuf.json_format import Parse
 from latentd.names import BUNDLE_FILE
-from latentd.v1 import bundle_pb2, model_pb2
+from latentd.v1 import bundle_pb2
 from latentd_server import wiring
 
 Bundle = bundle_pb2.Bundle
@@ -60,10 +60,6 @@ def too_many_default_steps(bundle: Bundle) -> None:
     bundle.model.diffusion.default_step_count = 101
 
 
-def scoring_diffusion(bundle: Bundle) -> None:
-    bundle.model.methods.append(model_pb2.Model.METHOD_SCORE)
-
-
 CASES: list[tuple[Callable[..., Path], Callable[[Bundle], None], str]] = [
     (write_vae, without_scorer, "Score needs a graph with ROLE_SCORER"),
     (write_vae, meaningless_decoder, "decoder.onnx: needs an output meaning MEANING_SAMPLE"),
@@ -75,7 +71,6 @@ CASES: list[tuple[Callable[..., Path], Callable[[Bundle], None], str]] = [
     (write_diffusion, unknown_sampler, "samplers must name some of ddim"),
     (write_diffusion, no_sampler, "samplers must name some of ddim"),
     (write_diffusion, too_many_default_steps, "from 0 to 100"),
-    (write_diffusion, scoring_diffusion, "Score needs a graph"),
 ]
 
 
