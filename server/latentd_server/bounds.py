@@ -40,9 +40,8 @@ def score(
     if levels is not None:
         samples = levels.nearest(samples)
     timesteps, weights = _visits(request.seed, len(samples), draws, terms, count)
-    numbers = (
-        np.arange(draws)[:, None] * count + timesteps
-    )  # a timestep's noise is the same whichever others are visited
+    # Numbered so that the noise at a timestep does not depend on which others are visited.
+    numbers = np.arange(draws)[:, None] * count + timesteps
     visited = timesteps.reshape(-1)
     rows = np.repeat(np.arange(len(samples), dtype=np.int64), draws * terms)
     tables = samplers.estimates(schedule)

@@ -139,7 +139,16 @@ def single_step(schedule: Schedule, current: int, following: int | None, eta: fl
     if following is not None:
         return step_rows(schedule, "ddim", None, current, following, resolved_eta)
     _check_falling(schedule, (current,))
-    return Table.of([Evaluation(current, solvers.estimate(schedule, *schedule.level(current))._replace(a=1.0))])
+    return estimates(schedule)[current]
+
+
+@lru_cache(maxsize=64)
+def estimates(schedule: Schedule) -> tuple[Table, ...]:
+    """One evaluation without a step, x' = x, for each of the T timesteps."""
+    timesteps = range(schedule.timestep_count)
+    whole = Table.of(Evaluation(t, solvers.estimate(schedule, *schedule.level(t))._replace(a=1.0)) for t in timesteps)
+    one = [slice(t, t + 1) for t in timesteps]
+    return tuple(Table(whole.timesteps[t], whole.coefficients[t], np.ones(1, np.int32), 1) for t in one)
 
 
 def descent_evaluations(schedule: Schedule, sampler: str, timesteps: Sequence[int], eta: float) -> Iterator[Evaluation]:

@@ -235,6 +235,17 @@ CASES = [
         "draw_count",
         "2 rows x 3 classes x 1000 draws make 6000 evaluations; at most 200",
     ),
+    ("score", V, Score(samples=images(), timestep_count=4), "timestep_count", "only the bound of a diffusion model"),
+    ("score", D, Score(samples=images(), draw_count=-1), "draw_count", "must be from 1 to 21474836, or 0 for 1; got -1"),
+    ("score", D, Score(samples=images(), timestep_count=1), "timestep_count", "from 2 to 100, or 0 for 100; got 1"),
+    ("score", D, Score(samples=images(), timestep_count=101), "timestep_count", "from 2 to 100, or 0 for 100; got 101"),
+    (
+        "score",
+        D,
+        Score(samples=images(), draw_count=3),
+        "timestep_count",
+        "2 rows x 3 draws x 100 timesteps make 600 evaluations; at most 200",
+    ),
     ("score", G, Score(samples=images()), "condition.class_label", "judges samples of a class"),
     (
         "score",
@@ -309,7 +320,6 @@ def test_a_label_is_required_where_there_is_no_unconditional_network(tmp_path: A
     [
         ("encode", G, Encode(samples=images()), "Encode"),
         ("denoise_step", V, Denoise(), "DenoiseStep"),
-        ("score", D, Score(samples=images()), "Score"),
         ("open_loop", G, Sample(), "DenoiseStep"),
     ],
 )
