@@ -159,6 +159,14 @@ class Admission:
             line.add(part.rows, part.steps, evaluations)
             self._count(part, caller, evaluations)
 
+    def check_room(self, model: str, caller: str, evaluations: int, now_s: float) -> None:
+        """Refuse what is not worth understanding: a request that takes so many evaluations at least, and has no room.
+
+        Raises:
+            QuotaExceededError, OverloadedError: as `admit`.
+        """
+        self._check_held({model: evaluations}, caller, now_s)
+
     def ran(self, batch: Batch, arrivals: list[Arrival], size: int, seconds: float, now_s: float) -> None:
         """Learn of a batch: what is done of whose work, and what a call of `size` rows took."""
         for arrival in arrivals:
@@ -226,6 +234,9 @@ class Admission:
         asked: dict[str, int] = {}
         for stage in stages(job):
             asked[stage.model] = asked.get(stage.model, 0) + stage.lane_count * stage.evaluations_per_lane
+        self._check_held(asked, caller, now_s)
+
+    def _check_held(self, asked: dict[str, int], caller: str, now_s: float) -> None:
         evaluations = sum(asked.values())
         held, bound = self._by_caller.get(caller, 0), self._bounds.caller
         if held and held + evaluations > bound:

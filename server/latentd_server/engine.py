@@ -188,6 +188,17 @@ class Engine:
         self._tell(lambda: self._admit(job_id, job, caller, priority, now, deadline))
         return job_id
 
+    def check_room(self, model: str, caller: str, evaluations: int) -> None:
+        """Refuse, before any work is put into it, a request that takes so many evaluations at least.
+
+        Raises:
+            DrainingError, QuotaExceededError, OverloadedError: as `submit`.
+        """
+        if self._draining:
+            raise DrainingError
+        with self._admission_lock:
+            self._admission.check_room(model, caller, evaluations, self._clock())
+
     def cancel(self, job_id: int) -> None:
         """Give a job up: its lanes ride in no later batch and its sink hears no more."""
         if self._forget_sink(job_id):

@@ -44,6 +44,9 @@ class Engine(Protocol):
     def draining(self) -> bool:
         """Whether new work is refused."""
 
+    def check_room(self, model: str, caller: str, evaluations: int) -> None:
+        """Refuse a request that takes so many evaluations at least, if there is no room for them."""
+
     def submit(
         self, job: Job, *, caller: str, deadline: float | None, sink: Callable[[Event], None], priority: Priority
     ) -> int:
@@ -182,6 +185,13 @@ class Exchange(ABC):
             self._unanswered = 0
         self.account.close(code, reason)
 
+    def _admissible(self, request: Any) -> Servable:
+        """The model a request names, if what the request takes at least has room: refusing is cheaper than reading."""
+        servable = self._servable(request.model)
+        least = resolve.least_evaluations(request, self._door.limits)
+        self._door.engine.check_room(self.account.model, self._peer.caller, least)
+        return servable
+
     def _servable(self, reference: str) -> Servable:
         servable = self._door.servable(reference)
         self.account.model = servable.model.name
@@ -229,7 +239,7 @@ class SingleExchange(Exchange):
 
     def _start(self, request: Any, deadline: float | None) -> None:
         understand, self._answer = _ONE_ANSWER[self.account.method]
-        plan = understand(request, self._servable(request.model), self._door.limits)
+        plan = understand(request, self._admissible(request), self._door.limits)
         if isinstance(plan, Diffusing):
             self.account.seed, self.account.samples = plan.seed, len(plan.samples)
             self.reply.send(respond.diffused(plan, self.reply.new()), plan.samples.nbytes, final=True)
@@ -253,7 +263,7 @@ class SampleExchange(Exchange):
     """Sample: one `accepted`, then previews and results as they come."""
 
     def _start(self, request: generation_service_pb2.SampleRequest, deadline: float | None) -> None:
-        servable = self._servable(request.model)
+        servable = self._admissible(request)
         self._plan: Sampling = resolve.sample(request, servable, self._door.fresh_seed(), self._door.limits)
         self._previews = Previews()
         queue_depth = self._door.engine.queue_depth

@@ -6,8 +6,12 @@ mean nothing to the model at hand are violations too: what a caller asked for is
 Every function raises FieldsInvalidError, which lists every violation, and MethodUnsupportedError.
 """
 
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
 import numpy as np
-from latentd.v1 import bundle_pb2, generation_service_pb2, model_pb2
+from latentd.v1 import bundle_pb2, generation_service_pb2, model_pb2, tensor_pb2
 
 from latentd_server import bounds, calls, loops, walks
 from latentd_server.fields import MAX_INT32, Fields
@@ -28,6 +32,38 @@ from latentd_server.plans import (
 from latentd_server.wiring import Wiring, supporting
 
 Model = model_pb2.Model
+
+Request = (
+    generation_service_pb2.SampleRequest
+    | generation_service_pb2.EncodeRequest
+    | generation_service_pb2.DecodeRequest
+    | generation_service_pb2.DenoiseStepRequest
+    | generation_service_pb2.ScoreRequest
+)
+
+
+def least_evaluations(request: Request, limits: Limits) -> int:
+    """Network rows that a request takes at least if it is valid, told at a glance; 1 where it looks wrong."""
+    if isinstance(request, generation_service_pb2.EncodeRequest) and request.HasField("forward_timestep"):
+        return 0
+    if isinstance(request, generation_service_pb2.SampleRequest):
+        options = request.diffusion
+        steps = len(options.timesteps) or options.step_count or 1
+        if steps > limits.max_steps or options.HasField("start"):  # which cuts the walk short
+            steps = 1
+        rows = request.sample_count or 1
+    else:
+        steps, shape = 1, _ROWS_OF[type(request)](request).shape
+        rows = shape[0] if shape else 1
+    return rows * steps if 1 <= rows <= limits.max_samples else 1
+
+
+_ROWS_OF: dict[type, Callable[[Any], tensor_pb2.Tensor]] = {
+    generation_service_pb2.EncodeRequest: attrgetter("samples"),
+    generation_service_pb2.DecodeRequest: attrgetter("latents"),
+    generation_service_pb2.DenoiseStepRequest: attrgetter("noisy_samples"),
+    generation_service_pb2.ScoreRequest: attrgetter("samples"),
+}
 
 
 def sample(
@@ -88,10 +124,29 @@ def open_loop(
     """Resolve `open_denoise`: as Sample, but the caller takes the steps."""
     model = supporting(servable, Model.METHOD_DENOISE)
     fields = Fields()
+    if model.decoder is not None:
+        request = _among_latents(fields, request)
     head = _head(fields, request, model, fresh_seed, limits)
     if request.diffusion.preview_interval_steps:
         fields.reject("diffusion.preview_interval_steps", "must be 0: every step of a loop is answered")
     return loops.opened(*walks.sample(fields, request, head, model, limits), model)
+
+
+def _among_latents(
+    fields: Fields, request: generation_service_pb2.SampleRequest
+) -> generation_service_pb2.SampleRequest:
+    """A request to open a loop over latents, which is about latents from end to end."""
+    why = "a loop over latents starts from noise, or from the noisy_samples of its first step"
+    fields.absent(request.diffusion, ("start",), "diffusion.", why)
+    if request.output_mode not in (
+        generation_service_pb2.OUTPUT_MODE_UNSPECIFIED,
+        generation_service_pb2.OUTPUT_MODE_LATENT,
+    ):
+        fields.reject("output_mode", "must be unset or LATENT: the steps of this loop are answered with latents")
+    looped = generation_service_pb2.SampleRequest()
+    looped.CopyFrom(request)
+    looped.output_mode = generation_service_pb2.OUTPUT_MODE_LATENT
+    return looped
 
 
 def _head(

@@ -117,6 +117,25 @@ def test_each_bound_refuses_the_evaluation_too_much(bounds: Bounds, error: type[
         server.submit(steps(1))
 
 
+@pytest.mark.parametrize(
+    ("bounds", "error"),
+    [
+        (Bounds(10, 99, 99), OverloadedError),
+        (Bounds(99, 10, 99), OverloadedError),
+        (Bounds(99, 99, 10), QuotaExceededError),
+    ],
+)
+def test_what_has_no_room_is_refused_before_it_is_understood(bounds: Bounds, error: type[Exception]) -> None:
+    """As the same work would be by `admit`; what there is room for passes, and nothing is booked."""
+    server = Server(bounds)
+    server.admission.check_room("vae@1", "x", 99, 0.0)
+    server.submit(decode(8))
+    server.admission.check_room("vae@1", "x", 2, 0.0)
+    with pytest.raises(error):
+        server.admission.check_room("vae@1", "x", 3, 0.0)
+    assert server.admission.backlog == 8
+
+
 def test_bounds_are_of_their_own_model_and_caller() -> None:
     """A model or a caller at its bound keeps no other out."""
     server = Server(Bounds(10**9, 100, 60))

@@ -28,6 +28,8 @@ class ManualEngine:
     """Fulfils `latentd_server.exchange.Engine`."""
 
     refusal: Exception | None = None  # raised by the next submissions
+    full: Exception | None = None  # raised where a request asks for room before it is read
+    asked_for: list[tuple[str, str, int]] = field(default_factory=list)  # model, caller, evaluations
     draining: bool = False
     jobs: dict[int, Submitted] = field(default_factory=dict)
     submitted: list[Job] = field(default_factory=list)
@@ -36,6 +38,11 @@ class ManualEngine:
     @property
     def queue_depth(self) -> int:
         return len(self.jobs)
+
+    def check_room(self, model: str, caller: str, evaluations: int) -> None:
+        self.asked_for.append((model, caller, evaluations))
+        if self.full is not None:
+            raise self.full
 
     def submit(
         self,

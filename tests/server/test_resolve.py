@@ -106,6 +106,18 @@ def test_resolving_a_resolved_request_changes_nothing(case: tuple[str, Any], hel
         assert second.job.guidance_scale == first.job.guidance_scale
 
 
+@settings(deadline=None, max_examples=100)
+@given(case=requests)
+def test_what_a_request_takes_at_least_is_told_beforehand(case: tuple[str, Any], held: dict[str, Any]) -> None:
+    """No valid request is refused for more than its job would take; nearly all of it is known where steps are given."""
+    name, request = case
+    job = resolve.sample(request, held[name], 1, LIMITS).job
+    least, takes = resolve.least_evaluations(request, LIMITS), job.lane_count * job.evaluations_per_lane
+    assert job.lane_count <= least <= takes or request.diffusion.HasField("start")
+    if request.diffusion.step_count and request.diffusion.sampler == "ddim" and job.rows_per_lane == 1:
+        assert least == takes or request.diffusion.HasField("start")
+
+
 def test_every_default_is_filled_in(held: dict[str, Any]) -> None:
     """`resolved_request` leaves nothing to this server's defaults."""
     plan = resolve.sample(pb.SampleRequest(model=D), held[D], 5, LIMITS)

@@ -125,6 +125,27 @@ async def test_a_refusal_at_the_engines_door_reaches_the_caller(
 
 
 @pytest.mark.parametrize(
+    ("method", "request_", "evaluations"),
+    [
+        ("Sample", pb.SampleRequest(model=D, sample_count=3, diffusion=pb.DiffusionOptions(step_count=5, eta=99)), 15),
+        ("Sample", pb.SampleRequest(model=D, diffusion=pb.DiffusionOptions(timesteps=[5, 9])), 2),
+        ("Decode", pb.DecodeRequest(model=V, latents=IMAGES), 2),
+        ("Encode", pb.EncodeRequest(model=D, samples=LATENTS, forward_timestep=1), 0),
+    ],
+)
+async def test_a_full_server_reads_no_further_than_what_a_request_takes_at_least(
+    method: str, request_: Any, evaluations: int, served: Front, engine: ManualEngine
+) -> None:
+    """These are wrong too; they are refused for want of room, by model, caller and the rows that they ask for."""
+    engine.full = failures.OverloadedError(9, 9, 0.5)
+    call = getattr(served.stub, method)(request_, metadata=((CALLER_KEY, "a"),))
+    with pytest.raises(aio.AioRpcError) as raised:
+        await (call.read() if method == "Sample" else call)
+    assert reason(raised.value) == "OVERLOADED"
+    assert engine.asked_for == [(f"{request_.model}@1", "a", evaluations)]
+
+
+@pytest.mark.parametrize(
     ("refusal", "code", "why"),
     [
         (failures.ModelLoadingError("x@1"), grpc.StatusCode.UNAVAILABLE, "MODEL_LOADING"),
