@@ -1,8 +1,12 @@
-"""The GAN's losses and shifts against their definitions."""
+"""The GAN's losses and shifts against their definitions, and the encoder that inverts its generator."""
+
+import contextlib
 
 import pytest
 import torch
+from latentd.v1 import model_pb2
 from latentd_trainer.data import DataInfo
+from latentd_trainer.families import Batch, Moment
 from latentd_trainer.families.gan import (
     LOSSES,
     Discriminator,
@@ -12,7 +16,11 @@ from latentd_trainer.families.gan import (
     generator_loss,
     shifted,
 )
+from latentd_trainer.families.inversion import Inverse, inversion_step
 from latentd_trainer.families.sizes import PyramidSettings
+from latentd_trainer.optimization import Updater
+from latentd_trainer.shard import Shard
+from latentd_trainer.spec import Role
 from torch.nn import functional
 
 REAL, FAKE = torch.tensor([0.3, -2.0, 40.0]), torch.tensor([-0.5, 1.5, -40.0])
@@ -110,3 +118,58 @@ def test_the_card_says_where_scores_are_no_probabilities(loss: str) -> None:
     info = DataInfo("tiny", (1, 8, 8), 17, ("a", "b"), (0.5, 0.5), "0" * 64)
     description = Gan(GanConfig(loss=loss, width=8), info).serving_spec().description
     assert ("they are no probabilities" in description) == (loss == "hinge")
+
+
+def test_the_encoder_learns_in_the_last_steps_and_leaves_the_game_alone() -> None:
+    """Of ten steps it takes the last three, first on samples, then on data too; the two players never notice."""
+    info = DataInfo("tiny", (1, 8, 8), 17, ("a", "b"), (0.5, 0.5), "0" * 64)
+    players = {}
+    for share in (0.3, 0.0):
+        torch.manual_seed(0)
+        gan = Gan(GanConfig(width=8, hidden=16, latent=4, inversion=share), info)
+        losses = []
+        for step in range(10):
+            generator = torch.Generator().manual_seed(step)
+            batch = Batch(torch.rand((4, 1, 8, 8), generator=generator), torch.tensor([0, 1, 0, 1]))
+            losses.append(gan.step(batch, Moment(step, 10, generator, Shard(), contextlib.nullcontext)))
+        players[share] = [*gan.generator.parameters(), *gan.discriminator.parameters()]
+        turns = ["inversion" in each for each in losses], ["reconstruction" in each for each in losses]
+        learnt = ([False] * 7 + [True] * 3, [False] * 8 + [True] * 2) if share else ([False] * 10, [False] * 10)
+        assert turns == learnt
+    assert all(torch.equal(one, other) for one, other in zip(*players.values(), strict=True))
+
+
+def test_the_encoder_finds_the_latents_of_samples_and_the_generator_gives_images_back() -> None:
+    """Against a generator that is linear in z, two hundred steps find z, and data that it can draw come back."""
+    torch.manual_seed(0)
+    pyramid = PyramidSettings(width=8, blocks=0).pyramid((1, 8, 8))
+    inverse, generator = Inverse(pyramid, 16, 2, 4, 2), LinearGenerator()
+    updater = Updater(inverse, torch.optim.Adam(inverse.parameters(), 1e-2))
+    labels = torch.arange(32) % 2
+    for step in range(200):
+        draws = torch.Generator().manual_seed(step)
+        latent, hidden = torch.randn((2, 32, 2), generator=draws)
+        batch = Batch(generator(hidden, labels), labels)
+        moment = Moment(step, 200, draws, Shard(), contextlib.nullcontext)
+        losses = inversion_step(updater, inverse, generator, latent, batch, moment, 1.0)
+    assert losses["inversion"] < 0.02  # guessing the prior's mean costs 1
+    assert losses["reconstruction"] < 0.002  # of pixels with a variance of .125
+
+
+class LinearGenerator(torch.nn.Module):
+    """The first latent lights the upper half, the second the lower; the label swaps them."""
+
+    def forward(self, latent: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        halves = torch.where((label == 1)[:, None], latent.flip(1), latent)
+        return 0.25 * halves[:, None, :, None].repeat_interleave(4, 2).expand(-1, 1, 8, 8)
+
+
+def test_without_an_encoder_there_is_no_encode() -> None:
+    """With `inversion=0` nothing is trained or served for it, and the card does not speak of it."""
+    info = DataInfo("tiny", (1, 8, 8), 17, ("a", "b"), (0.5, 0.5), "0" * 64)
+    for share in (0.0, 0.25):
+        spec = Gan(GanConfig(width=8, inversion=share), info).serving_spec()
+        assert (model_pb2.Model.METHOD_ENCODE in spec.methods) == (share > 0)
+        assert (Role.ROLE_ENCODER in {graph.role for graph in spec.graphs}) == (share > 0)
+        assert ("learned inverter" in spec.description) == (share > 0)
+        assert "no explicit inference model" in spec.description

@@ -26,7 +26,7 @@ COLOUR = (3, 32, 32)
 SHAPES = {"28x28": (1, 28, 28), "32x32": COLOUR, "32x32-large": COLOUR}
 MILLIONS = {
     "vae": {"28x28": 4.5, "32x32": 11.1, "32x32-large": 35.6},
-    "gan": {"28x28": 4.4, "32x32": 11.0, "32x32-large": 35.4},
+    "gan": {"28x28": 6.8, "32x32": 16.5, "32x32-large": 53.1},
     "diffusion": {"28x28": 4.6, "32x32": 6.8, "32x32-large": 35.4},
 }
 NARROW = {"width": 8, "attention_heads": 2, "timestep_count": 20, "hidden": 16, "latent": 4, "warm_up_steps": 0}

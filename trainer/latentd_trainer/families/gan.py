@@ -12,6 +12,8 @@ Goodfellow et al.: Generative adversarial nets, arXiv 1406.2661.
                  every few steps and as much heavier (StyleGAN2, arXiv 1912.04958, section 3.1)
     shifts       D sees all images, real and generated, moved by random whole pixels through which gradients pass
                  (Zhao et al., arXiv 2006.10738)
+
+There is no likelihood and no inference model; an encoder learns to invert the generator, see `inversion`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from latentd_trainer.data import DataInfo
 from latentd_trainer.families import Batch, Family, Moment, below, outside, setting
 from latentd_trainer.families.augmentation import mirrored
+from latentd_trainer.families.inversion import Inverse, inversion_step
 from latentd_trainer.families.sizes import PyramidSettings
 from latentd_trainer.nets import ImageToVector, VectorToImage
 from latentd_trainer.optimization import Average, Updater
@@ -34,7 +37,15 @@ from latentd_trainer.pyramid import Pyramid
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
 
 LOSSES = ("nonsaturating", "minimax", "hinge")
-_OF_ALL_PRESETS = {"latent": 128, "label_width": 128, "largest_shift": 4, "blocks": 1, "attention_levels": "1"}
+_OF_ALL_PRESETS = {
+    "latent": 128,
+    "label_width": 128,
+    "largest_shift": 4,
+    "blocks": 1,
+    "attention_levels": "1",
+    "inversion": 0.1,
+    "inversion_rate": 5e-4,
+}
 PRESETS = {
     "28x28": _OF_ALL_PRESETS
     | {"steps": 50_000, "width": 32, "multipliers": "1,2,4", "hidden": 256, "average_decay": 0.999, "largest_shift": 2},
@@ -59,7 +70,7 @@ PRESETS = {
         "mirrored": 0.5,
     },
 }
-"""Of 4.4, 11.0 and 35.4 million parameters in both networks together; the generator, which is served, has half."""
+"""Of 6.8, 16.5 and 53.1 million parameters, about a third in each of generator, discriminator and encoder."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,10 @@ class GanConfig(PyramidSettings):
     latent: int = setting(32, "dimensions of z")
     label_width: int = setting(16, "width of the label's embedding in the generator")
     average_decay: float = setting(0.998, "decay of the generator's moving average, which is what is served")
+    inversion: float = setting(
+        0.25, "share of the steps, the last ones, in which an encoder learns to invert the generator; 0: no encoder"
+    )
+    inversion_rate: float = setting(2e-3, "peak rate of the encoder's Adam")
     mirrored: float = setting(0.0, "share of real images shown left for right; 0 where that matters, as for digits")
 
     def __post_init__(self) -> None:
@@ -94,8 +109,9 @@ class GanConfig(PyramidSettings):
             hidden=1,
             latent=1,
             label_width=1,
+            inversion_rate=0,
         )
-        problems += outside(self, average_decay=(0, 1), mirrored=(0, 1))
+        problems += outside(self, average_decay=(0, 1), inversion=(0, 1), mirrored=(0, 1))
         if self.loss not in LOSSES:
             problems.append(f"loss={self.loss!r}: must be one of {', '.join(LOSSES)}")
         problems += self.pyramid_problems()
@@ -183,7 +199,7 @@ class RealProbabilityGraph(nn.Module):
 
 
 class Gan(Family):
-    """Generator, its average, discriminator, and an Adam for each."""
+    """Generator, its average, discriminator, the encoder that inverts the average, and an Adam for each."""
 
     config_type = GanConfig
     presets = PRESETS
@@ -194,7 +210,7 @@ class Gan(Family):
         pyramid, classes = config.pyramid(info.shape), len(info.class_names)
         self.generator = Generator(pyramid, config.latent, config.label_width, classes)
         self.discriminator = Discriminator(pyramid, config.hidden, classes)
-        self.modules = {"generator": self.generator, "discriminator": self.discriminator}
+        self.modules: dict[str, nn.Module] = {"generator": self.generator, "discriminator": self.discriminator}
         self.averages = {"generator": Average(self.generator, config.average_decay)}
         self.updaters = {
             name: Updater(
@@ -202,9 +218,18 @@ class Gan(Family):
             )
             for name, module in self.modules.items()
         }
+        if config.inversion:
+            inverse = Inverse(pyramid, config.hidden, config.latent, config.label_width, classes)
+            self.modules["encoder"] = inverse
+            self.updaters["encoder"] = Updater(
+                inverse, torch.optim.Adam(inverse.parameters(), config.inversion_rate, fused=True)
+            )
 
     def step(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        """One step of the discriminator, then one of the generator. Losses: `discriminator`, `generator`, `penalty`."""
+        """One step of the discriminator, then one of the generator, then, towards the end, one of the encoder.
+
+        Losses: `discriminator`, `generator`, `penalty`, and those of `inversion_step`.
+        """
         labels, loss = batch.labels, self.config.loss
         real = mirrored(batch.images, moment, self.config.mirrored)
         with moment.autocast():
@@ -227,7 +252,18 @@ class Gan(Family):
         generator = generator_loss(loss, fake_logit.float())
         self.updaters["generator"].apply(generator, moment.shard)
         self.averages["generator"].update(moment.step)
-        return losses | {"generator": generator.detach()}
+        losses["generator"] = generator.detach()
+        if "encoder" in self.modules:
+            losses |= inversion_step(
+                self.updaters["encoder"],
+                self.modules["encoder"],
+                self.averages["generator"].module,
+                self._noise(batch, moment),
+                Batch(real, labels),
+                moment,
+                self.config.inversion,
+            )
+        return losses
 
     def sample(self, labels: Tensor, seed: int) -> Tensor:
         """See `Family.sample`."""
@@ -239,10 +275,10 @@ class Gan(Family):
         return images
 
     def serving_spec(self) -> ServingSpec:
-        """The generator as decoder, the discriminator as scorer."""
+        """The generator as decoder, its inverse as encoder, the discriminator as scorer."""
         shape, latent = self.info.shape, (self.config.latent,)
         label = GraphInput("label", Source.SOURCE_CLASS_LABEL, (), tensor_pb2.DATA_TYPE_INT64)
-        graphs = (
+        graphs = [
             Graph(
                 role=Role.ROLE_DECODER,
                 module=self.averages["generator"].module,
@@ -255,19 +291,36 @@ class Gan(Family):
                 inputs=(GraphInput("sample", Source.SOURCE_SAMPLE, shape), label),
                 outputs=(GraphOutput("real_probability", Meaning.MEANING_REAL_PROBABILITY, ()),),
             ),
-        )
+        ]
+        methods = [model_pb2.Model.METHOD_SAMPLE, model_pb2.Model.METHOD_DECODE, model_pb2.Model.METHOD_SCORE]
+        if "encoder" in self.modules:
+            methods.append(model_pb2.Model.METHOD_ENCODE)
+            graphs.append(
+                Graph(
+                    role=Role.ROLE_ENCODER,
+                    module=self.modules["encoder"].eval(),
+                    inputs=(GraphInput("sample", Source.SOURCE_SAMPLE, shape), label),
+                    outputs=(GraphOutput("latent_mean", Meaning.MEANING_LATENT_MEAN, latent),),
+                )
+            )
         return ServingSpec(
             family=model_pb2.Model.FAMILY_GAN,
             graphs=graphs,
-            methods=(model_pb2.Model.METHOD_SAMPLE, model_pb2.Model.METHOD_DECODE, model_pb2.Model.METHOD_SCORE),
+            methods=methods,
             sample_shape=shape,
             latent_shape=latent,
-            description=(
-                f"Class-conditional generative adversarial network: {self.config.loss} loss, projection "
-                f"discriminator, {self.config.latent} latent dimensions."
-                + (" Its scores order images by realness; they are no probabilities." * (self.config.loss == "hinge"))
-            ),
+            description=self._describe(),
             reference_uri="https://arxiv.org/abs/1406.2661",
+        )
+
+    def _describe(self) -> str:
+        scores = "Scores are the discriminator's P(real), not a likelihood"
+        if self.config.loss == "hinge":
+            scores = "Scores order images by realness; they are no probabilities, and no likelihood"
+        encoder = " Its encoder is a learned inverter." * ("encoder" in self.modules)
+        return (
+            f"Class-conditional generative adversarial network: {self.config.loss} loss, projection discriminator, "
+            f"{self.config.latent} latent dimensions. {scores}, for there is no explicit inference model.{encoder}"
         )
 
     def _noise(self, batch: Batch, moment: Moment) -> Tensor:
