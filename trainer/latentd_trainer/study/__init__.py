@@ -6,7 +6,14 @@
 
 from collections.abc import Sequence
 
-CLAIMS: tuple[str, ...] = ()
+CLAIMS: tuple[str, ...] = (
+    "exact_bounds",
+    "wake_and_sleep",
+    "gradient_estimators",
+    "vanishing_gradient",
+    "gan_as_em",
+    "kl_directions",
+)
 """Every claim by its name on the command line, in the order of the report."""
 
 
