@@ -76,6 +76,23 @@ class Model:
         """Noise levels of a diffusion model; timesteps run from 0 to one less."""
         return len(self.proto.diffusion.alphas)
 
+    @cached_property
+    def capabilities(self) -> Mapping[str, str]:
+        """What each method answers, as the card says it; for those not in `methods`, why they do not."""
+        return {
+            enum_name(model_pb2.Model.Method, each.method, "METHOD_"): each.description
+            for each in self.proto.card.capabilities
+        }
+
+    @property
+    def likelihood(self) -> str:
+        """How well ln p(sample) is known: `exact`, `bound`, `none`, or `unspecified` where the card does not say.
+
+        `proto.card.likelihood` has the figures, of what they are, and why there are none.
+        """
+        kind = model_pb2.ModelCard.Likelihood.Kind
+        return enum_name(kind, self.proto.card.likelihood.kind, "KIND_")
+
     @property
     def metrics(self) -> Mapping[str, float]:
         """Evaluation results by name, from the card."""

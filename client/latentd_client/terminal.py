@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from latentd.card import likelihood_in_words
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -29,6 +30,7 @@ _EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.ModelNotFound, 3),
     (errors.MethodUnsupported, 4),
     (errors.ModelFailed, 4),
+    (errors.ModelInUse, 4),
     (errors.ServerUnavailable, 5),
     (errors.DeadlineExceeded, 6),
     (errors.QuotaExceeded, 7),
@@ -139,11 +141,14 @@ def model_table(model: Model) -> RenderableType:
     """Everything a caller wants to know of one model."""
     low, high = model.value_range
     classes = [name if name == str(index) else f"{index} {name}" for index, name in enumerate(model.class_names)]
+    card = model.proto.card
     rows: dict[str, str] = {
         "model": model.name,
         "family": model.family,
         "state": f"{model.state} {model.proto.failure_reason}".strip(),
         "methods": " ".join(sorted(model.methods)),
+        **{name: what if name in model.methods else f"no: {what}" for name, what in model.capabilities.items()},
+        "likelihood": likelihood_in_words(card.likelihood) if card.HasField("likelihood") else "",
         "sample": f"{_shape(model.sample_shape)} in [{low:g}, {high:g}]",
         "latent": _shape(model.latent_shape) if model.latent_shape else "-",
         "classes": ", ".join(classes) or "-",
@@ -154,12 +159,12 @@ def model_table(model: Model) -> RenderableType:
             "steps": f"{model.proto.diffusion.default_step_count} by default, {model.timestep_count} timesteps",
             "guidance": "yes" if model.proto.diffusion.guidance_supported else "no",
         }
-    card = model.proto.card
     rows |= {
         "description": card.description,
         "data": card.dataset,
         "trained": card.train_time.ToJsonString() if card.HasField("train_time") else "",
         "licence": card.license,
+        "data licence": card.dataset_license,
         "paper": card.reference_uri,
         "digest": model.digest,
     }
@@ -171,6 +176,10 @@ def model_table(model: Model) -> RenderableType:
             table.add_row(name, Text(value))
     for name in sorted(model.metrics):
         table.add_row(Text(name, style="dim"), f"{model.metrics[name]:g}")
+    for other in card.comparisons:
+        table.add_row(other.relation, Text(f"{other.model} {other.digest}"))
+        for name in sorted(other.metrics):
+            table.add_row(Text(name, style="dim"), f"{other.metrics[name]:g}")
     return table
 
 

@@ -18,6 +18,7 @@ from latentd_server import bundle as server_bundle
 from latentd_trainer import bundle as bundles
 from latentd_trainer import cli, parity, verify
 from latentd_trainer.bundle import BundleError
+from latentd_trainer.card import UNSAID
 from latentd_trainer.importers import ImportingError, onnx_files
 from latentd_trainer.importers.described import import_onnx
 from latentd_trainer.onnx_graph import GraphError
@@ -166,10 +167,15 @@ def test_what_the_file_says_is_what_the_bundle_says(folder: Path) -> None:
     """Names, classes, card, ranges and methods come from the file; shapes and the rest from the graphs."""
     model = bundles.read(run(folder, VAE | {"sample": {"range": [0, 2]}}, version=7)).model
     assert model.name == "my-vae@7"
-    assert MessageToDict(model.card) == {
+    card = MessageToDict(model.card)
+    assert [each.pop("description") != "" for each in card["capabilities"]] == [True] * 5
+    del card["capabilities"]
+    assert card == {
         "description": "Four pixels.",
         "license": "MIT",
         "dataset": "squares",
+        "datasetLicense": "NOASSERTION",
+        "likelihood": {"kind": "KIND_NONE", "explanation": UNSAID},
         "referenceUri": "https://arxiv.org/abs/1312.6114",
     }
     assert list(model.class_probabilities) == [0.5, 0.25, 0.25]

@@ -13,7 +13,7 @@ from rich.table import Table
 from latentd_trainer.families import FAMILIES, load_family, parse_settings, preset_settings
 from latentd_trainer.importers import commands as import_commands
 from latentd_trainer.study import CLAIMS, chosen
-from latentd_trainer.terminal import console, errors, fail
+from latentd_trainer.terminal import console, errors, fail, license_option
 
 if TYPE_CHECKING:
     from latentd_trainer.checkpoint import RunRecord
@@ -146,7 +146,21 @@ def export(
     version: Annotated[
         int | None, typer.Option(min=1, help="The next one after those there are, if not given.")
     ] = None,
-    license_: Annotated[str, typer.Option("--license", help="SPDX identifier of the weights' licence.")] = "Apache-2.0",
+    license_: Annotated[
+        str | None,
+        typer.Option(
+            "--license",
+            callback=license_option,
+            help="SPDX expression of the weights' licence; Apache-2.0 for digits, else not known.",
+        ),
+    ] = None,
+    data_license: Annotated[
+        str | None,
+        typer.Option(
+            callback=license_option,
+            help="SPDX expression of the training data's licence; CC-BY-4.0 for digits, else not known.",
+        ),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace this version if it is there.")] = False,
     precision: Annotated[
         Literal["fp32", "fp16"], typer.Option(help="What the networks compute in; fp16 is for GPUs.")
@@ -160,7 +174,14 @@ def export(
 
     try:
         directory = exporter.run(
-            run, models=models, name=name, version=version, license=license_, replace=replace, precision=precision
+            run,
+            models=models,
+            name=name,
+            version=version,
+            license=license_,
+            data_license=data_license,
+            replace=replace,
+            precision=precision,
         )
     except (BundleError, CheckpointError, GraphError, OSError) as error:
         fail(error, 1)

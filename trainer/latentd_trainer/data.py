@@ -21,6 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+EMBEDDED = "digits"
+"""What `load` takes for the embedded set."""
+EMBEDDED_LICENSE = "CC-BY-4.0"
+"""Of the set at its source, the UCI repository (doi 10.24432/C50P49). scikit-learn, which is under BSD-3-Clause as a
+whole, says nothing of the licence of its copy and refers to that source."""
 SPLIT_SEED = 0
 TEST_SHARE = 0.2
 UNLABELLED = "unlabelled"
@@ -96,7 +101,7 @@ def load(source: str) -> Dataset:
     Raises:
         DataError: nothing is there, or it cannot be trained on.
     """
-    if source == "digits":
+    if source == EMBEDDED:
         return _digits()
     try:
         return _load_path(source)
@@ -122,7 +127,7 @@ def _digits() -> Dataset:
 
     digits = load_digits()
     pixels = digits.images.astype(np.uint8)[:, None]
-    return _assemble("digits", pixels, digits.target, 17, [str(label) for label in range(10)])
+    return _assemble(EMBEDDED, pixels, digits.target, 17, [str(label) for label in range(10)])
 
 
 def _assemble(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from latentd_trainer import bundle as bundles
+from latentd_trainer import card as cards
 from latentd_trainer import classifier, metrics, report
 from latentd_trainer.bars import BARS, DATASET
 from latentd_trainer.classifier import Reading, Yardstick
@@ -123,8 +124,7 @@ def run(
         status.update("likelihood")
         results |= likelihood(graphs, dataset, seed)
 
-    model.card.metrics.clear()
-    model.card.metrics.update(results)
+    cards.record_figures(model.card, results, int(np.prod(dataset.info.shape)))
     limits = BARS.get(model.family, []) if dataset.info.name == DATASET else []
     try:
         if card or out is None:

@@ -18,14 +18,18 @@ from latentd.digest import bundle_digest
 from latentd.v1 import bundle_pb2, model_pb2, tensor_pb2
 
 from latentd_trainer import bundle as bundles
-from latentd_trainer import half, onnx_graph, parity
+from latentd_trainer import card, half, licenses, onnx_graph, parity
 from latentd_trainer.bundle import BundleError, VersionTakenError
 from latentd_trainer.checkpoint import CHECKPOINT_FILE, RunRecord, load_run
 from latentd_trainer.contract import bundle_violations, role_name
+from latentd_trainer.data import EMBEDDED, EMBEDDED_LICENSE
 from latentd_trainer.onnx_graph import GraphError
 from latentd_trainer.onnx_module import OnnxModule
 from latentd_trainer.parity import Precision
 from latentd_trainer.spec import Graph, GraphInput, Role, ServingSpec, Source
+
+EMBEDDED_WEIGHTS_LICENSE = "Apache-2.0"
+"""Of what is trained on the embedded digits by the recipes that come with latentd: latentd's own."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +40,8 @@ def run(
     models: Path,
     name: str,
     version: int | None = None,
-    license: str = "Apache-2.0",
+    license: str | None = None,
+    data_license: str | None = None,
     replace: bool = False,
     precision: Precision = "fp32",
 ) -> Path:
@@ -59,6 +64,7 @@ def run(
         name=name,
         version=version,
         license=license,
+        data_license=data_license,
         replace=replace,
         trained_steps=trained.step,
         precision=precision,
@@ -73,7 +79,8 @@ def write_bundle(
     models: Path,
     name: str,
     version: int | None = None,
-    license: str = "Apache-2.0",
+    license: str | None = None,
+    data_license: str | None = None,
     replace: bool = False,
     trained_steps: int | None = None,
     precision: Precision = "fp32",
@@ -90,7 +97,9 @@ def write_bundle(
         models: The models directory of a server.
         name: What the model is called.
         version: Its version; the next free one if not given.
-        license: SPDX identifier of the weights' licence.
+        license: SPDX expression of the weights' licence; for the embedded digits `EMBEDDED_WEIGHTS_LICENSE` if not
+            given, else `licenses.UNKNOWN`.
+        data_license: The same of the training data; that of the embedded digits, or `licenses.UNKNOWN`, if not given.
         replace: Whether an existing version may be replaced.
         trained_steps: How many steps it was trained for, which may be fewer than the settings ask for.
         precision: What the networks compute in.
@@ -99,13 +108,15 @@ def write_bundle(
         GraphError: see `package`.
         BundleError: see `package`.
     """
+    embedded = record.data == EMBEDDED
     training = dataclasses.asdict(record)
     del training["data"]  # where the data lay; their digest stays
     origin = Origin(
         dataset=record.info.name,
         class_names=record.info.class_names,
         class_probabilities=record.info.class_probabilities,
-        license=license,
+        license=license or (EMBEDDED_WEIGHTS_LICENSE if embedded else licenses.UNKNOWN),
+        dataset_license=data_license or (EMBEDDED_LICENSE if embedded else licenses.UNKNOWN),
         train_time=train_time,
         record={**training, "trained_steps": trained_steps},
     )
@@ -122,9 +133,10 @@ class Origin:
     dataset: str
     class_names: Sequence[str]
     class_probabilities: Sequence[float]
-    license: str  # SPDX identifier
+    license: str  # SPDX expression for the weights
     record: Mapping[str, Any]  # how it came about, as JSON
     train_time: datetime | None = None  # with its time zone
+    dataset_license: str = licenses.UNKNOWN  # SPDX expression
 
 
 def package(
@@ -163,7 +175,13 @@ def package(
     bundle = declare(spec, origin, f"{name}@{number}")
     if precision == "fp16":
         bundle.model.card.description += " Its networks compute in float16."
-    if violations := bundle_violations(bundle):
+    violations = bundle_violations(bundle)
+    if not violations:
+        try:
+            card.complete(bundle, spec.answers, spec.likelihood)
+        except ValueError as error:
+            violations = [str(error)]
+    if violations:
         raise BundleError("the model cannot be served as it is:\n" + "\n".join(f"- {each}" for each in violations))
 
     files: dict[str, bytes] = {}
@@ -239,6 +257,7 @@ def declare(spec: ServingSpec, origin: Origin, reference: str) -> bundle_pb2.Bun
             description=spec.description,
             license=origin.license,
             dataset=origin.dataset,
+            dataset_license=origin.dataset_license,
             reference_uri=spec.reference_uri,
         ),
     )

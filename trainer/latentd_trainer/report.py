@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from latentd.card import likelihood_in_words
 from latentd.v1 import model_pb2
 from numpy.typing import NDArray
 from rich.console import Console
@@ -77,6 +78,9 @@ def markdown(model: model_pb2.Model, drawn: Sequence[Samples], real: Mapping[str
     parts = [
         f"# {model.name}",
         f"{model.card.description} Trained on {model.card.dataset}; digest `{model.digest}`.",
+        f"Licence of the weights: {model.card.license}; of the training data: {model.card.dataset_license}.",
+        table(["method", "what it answers"], _methods(model)),
+        f"**Likelihood:** {likelihood_in_words(model.card.likelihood)}",
         f"![Samples]({PICTURE_FILE})",
         f"One row for each class{_UNASKED * (not model.class_names)}; from left to right: {columns}.",
         "## Samples",
@@ -94,6 +98,17 @@ def markdown(model: model_pb2.Model, drawn: Sequence[Samples], real: Mapping[str
         ]
         parts += ["## Bars", table(["bar", "value", ""], outcome)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _methods(model: model_pb2.Model) -> list[list[str]]:
+    """Each method with what it answers, or why it does not."""
+    return [
+        [
+            model_pb2.Model.Method.Name(each.method).removeprefix("METHOD_").capitalize(),
+            each.description if each.method in model.methods else f"- ({each.description})",
+        ]
+        for each in model.card.capabilities
+    ]
 
 
 def picture(dataset: Dataset, drawn: Sequence[Samples], asked: NDArray[np.int64]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from latentd.v1 import bundle_pb2, model_pb2, tensor_pb2
@@ -11,6 +11,17 @@ from torch import nn
 Source = bundle_pb2.NetworkInput
 Meaning = bundle_pb2.NetworkOutput
 Role = bundle_pb2.Network
+Likelihood = model_pb2.ModelCard.Likelihood
+
+
+def no_likelihood(why: str) -> Likelihood:
+    """What a card says of a model that defines no likelihood, or none that can be worked out."""
+    return Likelihood(kind=Likelihood.KIND_NONE, explanation=why)
+
+
+def bound_on_mass(explanation: str) -> Likelihood:
+    """What a card says of a model of discrete values of which a lower bound on ln p(sample) is known."""
+    return Likelihood(kind=Likelihood.KIND_BOUND, measure=Likelihood.MEASURE_MASS, explanation=explanation)
 
 
 @dataclass(frozen=True)
@@ -61,3 +72,6 @@ class ServingSpec:
     sample_range: tuple[float, float] = field(default=(-1.0, 1.0))
     latent_range: tuple[float, float] | None = None  # (0, 1) where the prior is U[0, 1); else it is N(0, 1)
     class_conditional: bool = True  # whether the model knows the data's classes
+    likelihood: Likelihood | None = None  # what is known of ln p(sample), or why nothing is; else what the graphs tell
+    answers: Mapping[model_pb2.Model.Method.ValueType, str] = field(default_factory=dict)
+    """What methods answer, or why they do not, where the graphs do not tell it (`card.complete`)."""

@@ -31,7 +31,7 @@ from latentd_trainer.families import Batch, Family, Moment, below, outside, sett
 from latentd_trainer.families.augmentation import mirrored
 from latentd_trainer.families.sizes import PyramidSettings
 from latentd_trainer.optimization import Average, Updater, warm_up_then_cosine
-from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
+from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source, no_likelihood
 from latentd_trainer.unet import UNet
 
 PREDICTIONS = {
@@ -254,6 +254,7 @@ class Diffusion(Family):
             ),
             reference_uri="https://arxiv.org/abs/2006.11239",
             diffusion=spec,
+            likelihood=no_likelihood("There is a variational bound, a sum over all timesteps; no method answers it."),
         )
 
     def _estimates(self, x: Tensor, prediction: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from latentd_trainer.belief_net import BeliefNet, DecoderGraph, binary_pixels, d
 from latentd_trainer.data import DataInfo
 from latentd_trainer.families import Batch, Family, Moment, below, setting
 from latentd_trainer.optimization import Updater, warm_up_then_cosine
-from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
+from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source, bound_on_mass
 
 OBJECTIVES = {"ws": "wake-sleep", "rws": "reweighted wake-sleep"}
 
@@ -242,4 +242,8 @@ class HelmholtzMachine(Family):
                 "its bound counts binary pixels."
             ),
             reference_uri="https://doi.org/10.1162/neco.1995.7.5.889",
+            likelihood=bound_on_mass(
+                "Of pixels made black or white, so not to be compared with models of grey levels; from states that the "
+                "recognition net draws."
+            ),
         )

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from latentd_trainer.data import DataInfo
 from latentd_trainer.families import Batch, Family, Moment, below, outside, setting
-from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
+from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Likelihood, Meaning, Role, ServingSpec, Source
 
 FLOORS = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 1))
 """The grid, from 1e-6 to 1 in units of the images' range of -1 to 1."""
@@ -266,4 +266,13 @@ class NaiveBayes(Family):
                 "that decoding zeros gives the mean. Scores are exact log densities in the images' range of -1 to 1."
             ),
             reference_uri="https://link.springer.com/book/9780387310732",
+            likelihood=Likelihood(
+                kind=Likelihood.KIND_EXACT,
+                measure=Likelihood.MEASURE_DENSITY,
+                explanation="Of pixels as real numbers from -1 to 1: normal given the class, summed over classes.",
+            ),
+            answers={
+                model_pb2.Model.METHOD_SAMPLE: "the class's mean and normal deviations of every pixel",
+                model_pb2.Model.METHOD_DECODE: "the class's mean and the given deviations; the mean for zeros",
+            },
         )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from latentd_trainer.data import DataInfo
 from latentd_trainer.families import Batch, Family, Moment, below, setting
 from latentd_trainer.optimization import Updater, warm_up_then_cosine
-from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
+from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source, no_likelihood
 
 _PRIOR_DECAY = 0.99
 _LARGEST_BELOW_ONE = 1 - 2**-24
@@ -223,4 +223,9 @@ class PredictabilityMinimization(Family):
             class_conditional=False,
             description=what,
             reference_uri="https://doi.org/10.1162/neco.1992.4.6.863",
+            likelihood=no_likelihood("It models the code and how images are rebuilt from it; there is no p(sample)."),
+            answers={
+                model_pb2.Model.METHOD_ENCODE: "the code, units from 0 to 1",
+                model_pb2.Model.METHOD_SCORE: "there is no likelihood and no critic",
+            },
         )

@@ -26,7 +26,7 @@ from latentd_trainer.data import DataInfo
 from latentd_trainer.families import Batch, Family, Moment, below, setting
 from latentd_trainer.nets import row_log, row_sum
 from latentd_trainer.optimization import Updater, warm_up_then_cosine
-from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
+from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source, bound_on_mass
 
 _SMALLEST_PROBABILITY = 0.01
 """Of a unit being on, or off, under the bound's q: a short chain's averages say 0 and 1 too soon."""
@@ -151,4 +151,8 @@ class SigmoidBeliefNet(Family):
                 "binarised pixels; its scores are of those, and its bound counts binary pixels."
             ),
             reference_uri="https://doi.org/10.1016/0004-3702(92)90065-6",
+            likelihood=bound_on_mass(
+                "Of pixels made black or white, so not to be compared with models of grey levels; from states drawn by "
+                "the marginals that Gibbs sampling finds."
+            ),
         )

@@ -31,7 +31,7 @@ from latentd_trainer.families.sizes import PyramidSettings
 from latentd_trainer.nets import ImageToVector, VectorToImage, row_log
 from latentd_trainer.optimization import Average, Updater, warm_up_then_cosine
 from latentd_trainer.pyramid import Pyramid
-from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
+from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source, bound_on_mass
 
 LARGEST_LOG_VARIANCE = 8.0
 LOG_SCALE_RANGE = (-6.0, 2.0)
@@ -362,6 +362,9 @@ class Vae(Family):
                 f"logistic likelihood on {self.info.levels} levels."
             ),
             reference_uri="https://arxiv.org/abs/1312.6114",
+            likelihood=bound_on_mass(
+                f"Of images of {self.info.levels} levels given their class, from latents drawn by q(latent given sample)."
+            ),
         )
 
     def _served(self, name: str) -> nn.Module:

@@ -61,6 +61,7 @@ def write(
         class_names=described.classes,
         class_probabilities=described.class_probabilities,
         license=described.license,
+        dataset_license=described.dataset_license,
         record=record,
     )
     draft = _spec(described, graphs, (1, 1, 1))  # samples' shape may not be known yet, and matters to no input
@@ -173,6 +174,7 @@ def _spec(described: ModelFile[Any], graphs: Sequence[Graph], sample_shape: tupl
         diffusion=described.diffusion.spec() if described.diffusion is not None else None,
         sample_range=described.sample.range,
         latent_range=(0.0, 1.0) if described.latent.prior == "uniform" else None,
+        likelihood=None if described.likelihood is None else described.likelihood.message(),
     )
 
 

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from latentd_trainer.terminal import console, errors, fail
+from latentd_trainer import licenses
+from latentd_trainer.terminal import console, errors, fail, license_option
 
 app = typer.Typer(
     help="Make bundles of models that were trained elsewhere. Every graph is run and checked first.",
@@ -61,7 +62,18 @@ def import_diffusers(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Default number of steps; 50, or all for DDPM, if not given.")
     ] = None,
-    license_: Annotated[str, typer.Option("--license", help="SPDX identifier of the licence.")] = "NOASSERTION",
+    license_: Annotated[
+        str | None,
+        typer.Option(
+            "--license",
+            callback=license_option,
+            help="SPDX expression of the weights' licence; what the pipeline's README.md says if not given.",
+        ),
+    ] = None,
+    data_license: Annotated[
+        str | None,
+        typer.Option(callback=license_option, help="SPDX expression of the training data's licence; else not known."),
+    ] = None,
 ) -> None:
     """Import a diffusers pipeline. A UNet2DModel, its scheduler and an autoencoder, see docs/import-diffusers.md."""
     try:
@@ -80,6 +92,7 @@ def import_diffusers(
         size=None if size is None else (int(size.partition("x")[0]), int(size.partition("x")[2])),
         step_count=steps,
         license=license_,
+        data_license=data_license or licenses.UNKNOWN,
     )
 
     def importing() -> list[Path]:

@@ -5,6 +5,7 @@ record of NAME says so (`latents_of`), for whoever joins the two.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 
 import diffusers
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from latentd.v1 import model_pb2, tensor_pb2
 
-from latentd_trainer import export
+from latentd_trainer import export, licenses
 from latentd_trainer.importers import ImportingError, diffusers_schedulers
 from latentd_trainer.importers.diffusers_networks import Denoiser, LatentDecoder, LatentEncoder
-from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
+from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source, no_likelihood
 
 INDEX = "model_index.json"
 _AUTOENCODERS = ("AutoencoderKL", "VQModel")
@@ -35,7 +38,8 @@ class Wishes:
     unconditional_class: int | None = None  # the row of the class embedding that means no class
     size: tuple[int, int] | None = None  # height and width that the network is run at; its own if not given
     step_count: int | None = None  # default number of steps
-    license: str = "NOASSERTION"
+    license: str | None = None  # of the weights; what the folder's model card says if not given
+    data_license: str = licenses.UNKNOWN
 
 
 def run(
@@ -54,20 +58,64 @@ def run(
     walk = diffusers_schedulers.read(str(folder / "scheduler"), parts["scheduler"], wishes.step_count)
     classes = _class_names(unet, wishes)
     shape = _shape(unet, wishes)
+    said = _model_card(folder)
+    origin = partial(
+        export.Origin,
+        said.dataset,
+        class_probabilities=(),
+        license=wishes.license or said.license,
+        dataset_license=wishes.data_license,
+    )
     record: dict[str, Any] = {"imported": "diffusers", "diffusers": diffusers.__version__, "parts": parts}
     written = []
     package = partial(export.package, models=models, version=version, replace=replace)
     if autoencoder is not None:
         spec = _autoencoder_spec(autoencoder, shape)
-        origin = export.Origin("", (), (), wishes.license, record)
         name = f"{wishes.name}-vae"
-        written.append(package(spec, origin, name=name))
+        written.append(package(spec, origin(class_names=(), record=record), name=name))
         record = record | {"latents_of": f"{name}@{written[0].name}"}
     denoiser = Denoiser(unet, len(walk.spec.alphas), wishes.unconditional_class)
     spec = _denoiser_spec(denoiser, walk, shape, latent=autoencoder is not None)
-    origin = export.Origin("", classes, (), wishes.license, record | {"notes": walk.notes})
-    written.append(package(spec, origin, name=wishes.name))
+    whole = record | {"notes": walk.notes}
+    written.append(package(spec, origin(class_names=classes, record=whole), name=wishes.name))
     return written, walk.notes
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a pipeline's model card says of its origin."""
+
+    license: str = licenses.UNKNOWN  # SPDX expression
+    dataset: str = ""
+
+
+def _model_card(folder: Path) -> _Said:
+    """The head of `README.md`, where a hub keeps such things.
+
+    Raises:
+        ImportingError: there is one, but it cannot be read.
+    """
+    path = folder / "README.md"
+    if not path.exists():
+        return _Said()
+    try:
+        said = ModelCard.load(path).data
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ImportingError(f"{path}: is no model card: {' '.join(str(error).split())}") from error
+    datasets = [said.datasets] if isinstance(said.datasets, str) else said.datasets or []
+    return _Said(_hub_license(said.license, said.license_name), ", ".join(datasets))
+
+
+def _hub_license(identifier: str | None, name: str | None) -> str:
+    """A hub's word for a licence as an SPDX expression; it has words for some that SPDX does not list."""
+    if not identifier or identifier == "unknown":
+        return licenses.UNKNOWN
+    if identifier == "other":
+        return f"LicenseRef-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}" if name else licenses.UNKNOWN
+    try:
+        return licenses.canonical(identifier)
+    except ValueError:
+        return f"LicenseRef-{re.sub(r'[^A-Za-z0-9.-]+', '-', identifier)}"
 
 
 def _parts(folder: Path) -> dict[str, str]:
@@ -186,6 +234,9 @@ def _denoiser_spec(
         + (", whose samples are latents of its autoencoder." if latent else "."),
         reference_uri="https://arxiv.org/abs/2112.10752" if latent else "https://arxiv.org/abs/2006.11239",
         diffusion=walk.spec,
+        likelihood=no_likelihood(
+            "A variational bound could be summed over all timesteps; the import does not say of what."
+        ),
         sample_range=(-bound, bound),
     )
 
@@ -220,4 +271,10 @@ def _autoencoder_spec(autoencoder: Any, latent: tuple[int, int, int]) -> Serving
         latent_shape=latent,
         description="Autoencoder of a latent diffusion model, imported from a diffusers pipeline.",
         reference_uri="https://arxiv.org/abs/2112.10752",
+        likelihood=no_likelihood(
+            "It was trained to look right and not to a likelihood of pixels; p(latent) is beside it."
+        ),
+        answers={
+            model_pb2.Model.METHOD_SAMPLE: "its latents follow the diffusion model beside it and no prior of its own"
+        },
     )

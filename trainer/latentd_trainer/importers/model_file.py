@@ -7,12 +7,26 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 import yaml
 from latentd import names
 from latentd.v1 import model_pb2, tensor_pb2
-from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveInt, ValidationError, model_validator
 
+from latentd_trainer import licenses
 from latentd_trainer.contract import ALLOWED_MEANINGS, ALLOWED_SOURCES, REQUIRED_SOURCES, role_name
 from latentd_trainer.importers import ImportingError
 from latentd_trainer.importers.walk import Diffusion, Part
-from latentd_trainer.importers.words import MEANINGS, SOURCES, UNUSED, Family, Meaning, Method, Role, Source, words
+from latentd_trainer.importers.words import (
+    MEANINGS,
+    SOURCES,
+    UNUSED,
+    Family,
+    LikelihoodKind,
+    LikelihoodMeasure,
+    Meaning,
+    Method,
+    Role,
+    Source,
+    words,
+)
+from latentd_trainer.spec import Likelihood as LikelihoodMessage
 from latentd_trainer.spec import Role as Roles
 from latentd_trainer.spec import Source as Sources
 
@@ -85,6 +99,18 @@ class SampleSpec(Part):
         return self
 
 
+class LikelihoodEntry(Part):
+    """What is known of ln p(sample), or why nothing is."""
+
+    kind: LikelihoodKind
+    measure: LikelihoodMeasure = LikelihoodMessage.MEASURE_UNSPECIFIED
+    explanation: str = Field(min_length=1)
+
+    def message(self) -> LikelihoodMessage:
+        """As the card has it."""
+        return LikelihoodMessage(kind=self.kind, measure=self.measure, explanation=self.explanation)
+
+
 class Latents(Part):
     """What latents are drawn from where a request gives none."""
 
@@ -114,8 +140,10 @@ class ModelFile(Part, Generic[Entry]):
     methods: tuple[Method, ...] = ()  # what the graphs can answer if not given
     diffusion: Diffusion | None = None
     description: str = ""
-    license: str = "NOASSERTION"  # SPDX's word for unknown
+    license: Annotated[str, AfterValidator(licenses.canonical)] = licenses.UNKNOWN  # of the weights
     dataset: str = ""
+    dataset_license: Annotated[str, AfterValidator(licenses.canonical)] = licenses.UNKNOWN
+    likelihood: LikelihoodEntry | None = None  # what the scorer tells if not given
     reference: str = ""  # the paper's address
 
     @model_validator(mode="after")

@@ -31,6 +31,8 @@ SOURCES = _words(bundle_pb2.NetworkInput.Source.DESCRIPTOR)
 MEANINGS = _words(bundle_pb2.NetworkOutput.Meaning.DESCRIPTOR) | {"unused": UNUSED}
 FAMILIES = _words(model_pb2.Model.Family.DESCRIPTOR)
 METHODS = _words(model_pb2.Model.Method.DESCRIPTOR)
+LIKELIHOOD_KINDS = _words(model_pb2.ModelCard.Likelihood.Kind.DESCRIPTOR)
+LIKELIHOOD_MEASURES = _words(model_pb2.ModelCard.Likelihood.Measure.DESCRIPTOR)
 
 
 def words(known: dict[str, Any], values: Collection[int]) -> list[str]:
@@ -58,5 +60,9 @@ Source = Annotated[bundle_pb2.NetworkInput.Source.ValueType, BeforeValidator(_on
 Meaning = Annotated[bundle_pb2.NetworkOutput.Meaning.ValueType, BeforeValidator(_one_of(MEANINGS))]
 Family = Annotated[model_pb2.Model.Family.ValueType, BeforeValidator(_one_of(FAMILIES))]
 Method = Annotated[model_pb2.Model.Method.ValueType, BeforeValidator(_one_of(METHODS))]
+LikelihoodKind = Annotated[model_pb2.ModelCard.Likelihood.Kind.ValueType, BeforeValidator(_one_of(LIKELIHOOD_KINDS))]
+LikelihoodMeasure = Annotated[
+    model_pb2.ModelCard.Likelihood.Measure.ValueType, BeforeValidator(_one_of(LIKELIHOOD_MEASURES))
+]
 Prediction = Annotated[model_pb2.DiffusionSpec.Prediction.ValueType, BeforeValidator(_one_of(PREDICTIONS))]
 Sampler = Annotated[str, AfterValidator(_sampler)]
