@@ -7,6 +7,7 @@ arXiv 1312.6114, eq. 1-3; Burda, Grosse, Salakhutdinov, arXiv 1509.00519, theore
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -47,11 +48,11 @@ def importance_weighted_bound(machine: Machine, draws: int) -> Tensor:
     log_q = machine.log_q()
     log_weight = machine.log_joint() - log_q
     counts = _all_counts(draws, log_q.shape[1])
-    ways = torch.lgamma(torch.tensor(draws + 1.0, dtype=torch.float64)) - torch.lgamma(counts + 1).sum(dim=1)
+    ways = math.lgamma(draws + 1) - torch.lgamma(counts + 1).sum(dim=1)
     bounds = []
     for q, weight in zip(log_q, log_weight, strict=True):
         probability = (ways + counts @ q).exp()
-        bounds.append(probability @ ((counts.log() + weight).logsumexp(dim=1) - torch.tensor(draws).log()))
+        bounds.append(probability @ ((counts.log() + weight).logsumexp(dim=1) - math.log(draws)))
     return torch.stack(bounds)
 
 
