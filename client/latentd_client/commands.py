@@ -181,6 +181,7 @@ def encode(
         "mean": encoded.mean,
         "log_variance": encoded.log_variance,
         "probability": encoded.probability,
+        "class_probability": encoded.class_probability,
         "labels": None if labels is None else np.broadcast_to(labels, len(batch)),
     }
     kept: dict[str, Any] = {name: array for name, array in found.items() if array is not None}

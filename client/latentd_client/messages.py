@@ -212,11 +212,15 @@ def read_encoded(response: pb.EncodeResponse, seed: int | None) -> Encoded:
         log_variance = read_array(response.normal.log_variance, "normal.log_variance")
     elif posterior is not None:
         probability = read_array(getattr(response, posterior).probability, f"{posterior}.probability")
+    classes = None
+    if response.HasField("class_posterior"):
+        classes = read_array(response.class_posterior.probability, "class_posterior.probability")
     return Encoded(
         array=read_array(response.latents, "latents"),
         mean=mean,
         log_variance=log_variance,
         probability=probability,
+        class_probability=classes,
         seed=seed,
         stats=read_stats(response.stats),
     )

@@ -195,6 +195,7 @@ class Encoded:
     probability: Array | None = field(repr=False)  # [n, *latent] for units, [n, classes] for a class posterior
     seed: int | None  # None if nothing was drawn
     stats: Stats
+    class_probability: Array | None = field(default=None, repr=False)  # [n, classes], beside latents
 
     @property
     def latents(self) -> Array:

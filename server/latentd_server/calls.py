@@ -77,22 +77,26 @@ def encode(
     outputs = graph.outputs
     log_variance = outputs.get(Meaning.MEANING_LATENT_LOG_VARIANCE)
     bernoulli = Meaning.MEANING_LATENT_PROBABILITY in outputs
-    categorical = Meaning.MEANING_CLASS_PROBABILITY in outputs and not bernoulli
+    classes = outputs.get(Meaning.MEANING_CLASS_PROBABILITY)
     seed = request.seed if request.HasField("seed") else None
+    latents = next(outputs[meaning] for meaning in LATENTS if meaning in outputs)
+    categorical = latents == classes
     if seed is not None and not (log_variance or bernoulli or categorical or graph.takes_noise):
         fields.reject("seed", "must be unset: this encoder is a function, with no posterior to draw from")
     fields.check()
     assert samples is not None
-    latents = next(outputs[meaning] for meaning in LATENTS if meaning in outputs)
     values: Feeds = {
         Source.SOURCE_SAMPLE: samples,
         Source.SOURCE_CLASS_LABEL: labels,
         Source.SOURCE_CODES: codes,
     }
     indices = np.arange(len(samples), dtype=np.int64)
-    names = [latents, *([log_variance] if log_variance else [])]
+    beside = None if categorical else classes
+    names = [name for name in (latents, log_variance, beside) if name]
     job = _job(model, graph, values, Purpose.POSTERIOR, seed or 0, indices, names)
-    return Encoding(job, latents, log_variance, bernoulli, categorical, seed, stream=len(graph.noise_inputs))
+    return Encoding(
+        job, latents, log_variance, bernoulli, categorical, seed, stream=len(graph.noise_inputs), classes=beside
+    )
 
 
 def decode(

@@ -80,6 +80,7 @@ class Encoding:
     categorical: bool = False
     seed: int | None = None  # draw from the posterior
     stream: int = 0  # of that draw; the streams before it fed the encoder
+    classes: str | None = None  # P(class | sample), where there are latents beside it
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,6 +144,8 @@ def encoded(
         codec.pack(mean, into.categorical.probability)
         if plan.seed is not None:
             latents = _one_hot_draws(plan.seed, mean, plan.stream)
+    if plan.classes:
+        codec.pack(gathered.outputs[plan.classes], into.class_posterior.probability)
     codec.pack(latents, into.latents)
     return into
 

@@ -7,9 +7,10 @@ import grpc
 import numpy as np
 import pytest
 from fake_server import LATENT_SHAPE, SHAPE, TIMESTEPS, FakeServer, Fault, info, toy_normal, toy_sample
+from latentd import tensor
 from latentd.reasons import Reason
 from latentd.v1 import generation_service_pb2 as pb
-from latentd_client import Accepted, AsyncClient, Client, FieldsInvalid, Preview, Samples
+from latentd_client import Accepted, AsyncClient, Client, FieldsInvalid, Preview, Samples, messages
 from latentd_client.errors import BY_REASON
 
 
@@ -176,6 +177,20 @@ def test_encode_returns_latents_and_their_posterior(client: Any, server: FakeSer
     assert list(server.requests("Encode")[0].condition.class_labels) == [1, 2]
     assert client.encode("toy", samples, seed=5).seed == 5
     assert server.requests("Encode")[1].seed == 5
+
+
+def test_classes_told_beside_latents_are_read() -> None:
+    """P(class | sample) beside latents leaves these and their posterior as they are; without it there is none."""
+    response = pb.EncodeResponse(latents=tensor.encode(np.zeros((2, 3), np.float32)))
+    response.normal.mean.CopyFrom(response.latents)
+    response.normal.log_variance.CopyFrom(response.latents)
+    assert messages.read_encoded(response, None).class_probability is None
+    chances = np.array([[0.25, 0.75], [1, 0]], np.float32)
+    response.class_posterior.probability.CopyFrom(tensor.encode(chances))
+    encoded = messages.read_encoded(response, None)
+    np.testing.assert_array_equal(encoded.class_probability, chances)
+    np.testing.assert_array_equal(encoded.mean, np.zeros((2, 3)))
+    assert encoded.probability is None
 
 
 def test_the_forward_process_gets_a_seed(client: Any, server: FakeServer) -> None:

@@ -1,5 +1,6 @@
 """Requests become the jobs they mean, and say so: defaults, labels, noise, tables."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentd import tensor
 from latentd.names import SAMPLERS
+from latentd.v1 import bundle_pb2, tensor_pb2
 from latentd.v1 import generation_service_pb2 as pb
-from latentd.v1 import tensor_pb2
 from latentd_server import loops, noise, resolve
+from latentd_server.failures import FieldsInvalidError
 from latentd_server.job import CallJob, Noise, StepJob
 from latentd_server.noise import Purpose
-from latentd_server.plans import Diffusing, Limits
+from latentd_server.plans import Diffusing, Encoding, Limits
 
 LIMITS = Limits()
 D, V, G = "tiny-diffusion", "tiny-vae", "tiny-gan"
@@ -179,6 +181,25 @@ def test_samples_arrive_as_float32_in_the_models_range(
     assert isinstance(fed, np.ndarray)
     assert fed.dtype == np.float32
     np.testing.assert_allclose([fed.min(), fed.max()], [low, high], rtol=1e-6)
+
+
+def test_an_encoder_may_tell_classes_beside_latents(held: dict[str, Any]) -> None:
+    """Latents count as such whatever else is told: their mean, with a log variance or without; classes ride along."""
+    bundle = bundle_pb2.Bundle()
+    bundle.CopyFrom(held[V].bundle)
+    encoder = next(network for network in bundle.networks if network.role == bundle_pb2.Network.ROLE_ENCODER)
+    mean, log_variance = (output.name for output in encoder.outputs)
+    encoder.outputs.add(name="p", meaning=bundle_pb2.NetworkOutput.MEANING_CLASS_PROBABILITY)
+    plan = resolve.encode(pb.EncodeRequest(samples=images(), seed=1), replace(held[V], bundle=bundle), LIMITS)
+    assert isinstance(plan, Encoding)
+    assert (plan.latents, plan.log_variance, plan.classes, plan.categorical) == (mean, log_variance, "p", False)
+    assert plan.job.outputs == (mean, log_variance, "p")
+    del encoder.outputs[1]
+    plan = resolve.encode(pb.EncodeRequest(samples=images()), replace(held[V], bundle=bundle), LIMITS)
+    assert isinstance(plan, Encoding)
+    assert (plan.latents, plan.log_variance, plan.classes, plan.categorical) == (mean, None, "p", False)
+    with pytest.raises(FieldsInvalidError, match="seed"):  # there is no posterior of latents to draw from
+        resolve.encode(pb.EncodeRequest(samples=images(), seed=1), replace(held[V], bundle=bundle), LIMITS)
 
 
 def test_image_to_image_starts_inside_the_schedule(held: dict[str, Any]) -> None:

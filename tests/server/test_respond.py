@@ -162,6 +162,20 @@ def test_a_class_posterior_is_drawn_as_one_hot(held: dict[str, Any]) -> None:
     assert response.WhichOneof("posterior") == "categorical"
 
 
+def test_classes_beside_latents_are_told_apart_from_the_posterior_of_these(held: dict[str, Any]) -> None:
+    """Latents and their posterior are what they are without classes; these are in a field of their own."""
+    job, classes = encoding(held, None).job, np.array([[0.25, 0.75]], np.float32)
+    outputs = {"mean": np.ones((1, LATENT), np.float32), "log_variance": np.zeros((1, LATENT), np.float32)}
+    for log_variance, kind in (("log_variance", "normal"), (None, None)):
+        plan = Encoding(job, "mean", log_variance)
+        alone = respond.encoded(plan, gathered(**outputs), pb.EncodeResponse())
+        beside = respond.encoded(replace(plan, classes="p"), gathered(**outputs, p=classes), pb.EncodeResponse())
+        assert tensor.decode(beside.class_posterior.probability).tolist() == classes.tolist()
+        assert beside.WhichOneof("posterior") == kind
+        beside.ClearField("class_posterior")
+        assert beside == alone
+
+
 def test_the_forward_process_is_alpha_x0_plus_sigma_noise(held: dict[str, Any]) -> None:
     """q(x_t | x0) is drawn by (seed, row) without the network."""
     x0 = np.random.default_rng(0).standard_normal((3, *SHAPE)).astype(np.float32)

@@ -14,11 +14,8 @@ from latentd_trainer.spec import Meaning, Role, Source
 _NOISE = {Source.SOURCE_NORMAL_NOISE, Source.SOURCE_UNIFORM_NOISE}
 _CONDITION = {Source.SOURCE_CLASS_LABEL, Source.SOURCE_CODES}
 _SCORES = {Meaning.MEANING_LOG_LIKELIHOOD, Meaning.MEANING_EVIDENCE_LOWER_BOUND, Meaning.MEANING_REAL_PROBABILITY}
-_POSTERIORS = {
-    Meaning.MEANING_LATENT_MEAN,
-    Meaning.MEANING_LATENT_PROBABILITY,
-    Meaning.MEANING_CLASS_PROBABILITY,
-}
+_LATENTS = {Meaning.MEANING_LATENT_MEAN, Meaning.MEANING_LATENT_PROBABILITY}
+_POSTERIORS = {*_LATENTS, Meaning.MEANING_CLASS_PROBABILITY}
 
 _SMALLEST_LEVEL = 1e-6
 """Below this a sigma, or the alpha of an eps prediction, cannot be divided by in float32."""
@@ -180,8 +177,12 @@ def _meaning_violations(role: int, sources: Counter[int], meanings: Counter[int]
             found.append("outputs: sample draw needs a noise input to draw with")
         return found
     if role == Role.ROLE_ENCODER:
-        if sum(meanings[meaning] > 0 for meaning in _POSTERIORS) != 1:
-            return ["outputs: must mean exactly one of latent mean, latent probability and class probability"]
+        latents = sum(meanings[meaning] > 0 for meaning in _LATENTS)
+        if latents > 1 or not (latents or meanings[Meaning.MEANING_CLASS_PROBABILITY]):
+            return [
+                "outputs: must mean exactly one of latent mean, latent probability and class probability, but for "
+                "class probability beside a latent"
+            ]
         if meanings[Meaning.MEANING_LATENT_LOG_VARIANCE] and not meanings[Meaning.MEANING_LATENT_MEAN]:
             return ["outputs: latent log variance needs latent mean beside it"]
         return []

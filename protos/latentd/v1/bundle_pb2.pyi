@@ -236,7 +236,7 @@ class NetworkOutput(google.protobuf.message.Message):
         MEANING_REAL_PROBABILITY: NetworkOutput._Meaning.ValueType  # 8
         """P(real | sample)."""
         MEANING_CLASS_PROBABILITY: NetworkOutput._Meaning.ValueType  # 9
-        """P(class | sample)."""
+        """P(class | sample). An encoder may tell it beside latents."""
         MEANING_SAMPLE_DRAW: NetworkOutput._Meaning.ValueType  # 10
         """A draw from p(sample | latent), made from the graph's noise inputs; beside
         MEANING_SAMPLE, which is then its mean.
@@ -267,7 +267,7 @@ class NetworkOutput(google.protobuf.message.Message):
     MEANING_REAL_PROBABILITY: NetworkOutput.Meaning.ValueType  # 8
     """P(real | sample)."""
     MEANING_CLASS_PROBABILITY: NetworkOutput.Meaning.ValueType  # 9
-    """P(class | sample)."""
+    """P(class | sample). An encoder may tell it beside latents."""
     MEANING_SAMPLE_DRAW: NetworkOutput.Meaning.ValueType  # 10
     """A draw from p(sample | latent), made from the graph's noise inputs; beside
     MEANING_SAMPLE, which is then its mean.

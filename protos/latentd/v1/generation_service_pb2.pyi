@@ -168,7 +168,9 @@ class Condition(google.protobuf.message.Message):
     """Index into `Model.class_names`."""
     @property
     def codes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Continuous codes, e.g. InfoGAN's; as many as the model has."""
+        """Continuous codes that a model is conditioned on and has no prior for; as many as it
+        takes. Codes that have one, as InfoGAN's, are its latents and classes.
+        """
 
     @property
     def class_labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -597,6 +599,7 @@ class EncodeResponse(google.protobuf.message.Message):
     NORMAL_FIELD_NUMBER: builtins.int
     BERNOULLI_FIELD_NUMBER: builtins.int
     CATEGORICAL_FIELD_NUMBER: builtins.int
+    CLASS_POSTERIOR_FIELD_NUMBER: builtins.int
     STATS_FIELD_NUMBER: builtins.int
     @property
     def latents(self) -> latentd.v1.tensor_pb2.Tensor:
@@ -615,6 +618,12 @@ class EncodeResponse(google.protobuf.message.Message):
         """One of several classes."""
 
     @property
+    def class_posterior(self) -> Global___Categorical:
+        """P(class | sample), from an encoder that tells it beside latents, e.g. of InfoGAN's
+        categorical code. One that tells nothing else answers in `categorical`.
+        """
+
+    @property
     def stats(self) -> Global___ExecutionStats:
         """What it cost."""
 
@@ -625,10 +634,11 @@ class EncodeResponse(google.protobuf.message.Message):
         normal: Global___DiagonalNormal | None = ...,
         bernoulli: Global___Bernoulli | None = ...,
         categorical: Global___Categorical | None = ...,
+        class_posterior: Global___Categorical | None = ...,
         stats: Global___ExecutionStats | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["bernoulli", b"bernoulli", "categorical", b"categorical", "latents", b"latents", "normal", b"normal", "posterior", b"posterior", "stats", b"stats"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bernoulli", b"bernoulli", "categorical", b"categorical", "latents", b"latents", "normal", b"normal", "posterior", b"posterior", "stats", b"stats"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["bernoulli", b"bernoulli", "categorical", b"categorical", "class_posterior", b"class_posterior", "latents", b"latents", "normal", b"normal", "posterior", b"posterior", "stats", b"stats"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bernoulli", b"bernoulli", "categorical", b"categorical", "class_posterior", b"class_posterior", "latents", b"latents", "normal", b"normal", "posterior", b"posterior", "stats", b"stats"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["posterior", b"posterior"]) -> typing.Literal["normal", "bernoulli", "categorical"] | None: ...
 
 Global___EncodeResponse: typing_extensions.TypeAlias = EncodeResponse
