@@ -122,6 +122,12 @@ class ModelFailed(LatentdError):
     default_code = Code.FAILED_PRECONDITION
 
 
+class ModelInUse(LatentdError):
+    """The server keeps the model, since others lean on it."""
+
+    default_code = Code.FAILED_PRECONDITION
+
+
 class QuotaExceeded(LatentdError):
     """This caller has used up what it may use."""
 
@@ -223,6 +229,7 @@ BY_REASON: Mapping[Reason, type[LatentdError]] = {
     Reason.METHOD_UNSUPPORTED: MethodUnsupported,
     Reason.MODEL_LOADING: ModelLoading,
     Reason.MODEL_FAILED: ModelFailed,
+    Reason.MODEL_IN_USE: ModelInUse,
     Reason.OVERLOADED: Overloaded,
     Reason.DRAINING: Draining,
     Reason.QUOTA_EXCEEDED: QuotaExceeded,

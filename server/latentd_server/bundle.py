@@ -14,7 +14,7 @@ from latentd.digest import bundle_digest
 from latentd.names import BUNDLE_FILE, BUNDLE_FORMAT_VERSION, ModelReference, is_name
 from latentd.v1 import bundle_pb2, model_pb2
 
-from latentd_server import gate, wiring
+from latentd_server import gate, latents, wiring
 from latentd_server.schedules import Schedule
 
 _NEEDED_ROLES = {
@@ -51,6 +51,14 @@ def find(root: Path) -> Iterator[tuple[ModelReference, Path]]:
             yield ModelReference(name, int(version)), path.parent
 
 
+def named_decoder(directory: Path) -> str:
+    """The model that decodes this one's samples, as `NAME@VERSION`; empty if none does, or it cannot be read."""
+    try:
+        return _read_message(directory / BUNDLE_FILE).model.latent_space.decoder
+    except BundleError:
+        return ""
+
+
 def read(directory: Path) -> StoredBundle:
     """Read and check one bundle.
 
@@ -59,6 +67,7 @@ def read(directory: Path) -> StoredBundle:
     """
     bundle = _read_message(directory / BUNDLE_FILE)
     problems = _model_problems(bundle, f"{directory.parent.name}@{directory.name}") + wiring.problems(bundle)
+    problems += latents.space_problems(bundle)
     graphs: dict[int, bytes] = {}
     for network in bundle.networks:
         role = bundle_pb2.Network.Role.Name(network.role) if network.role else "no role"
@@ -83,7 +92,7 @@ def read(directory: Path) -> StoredBundle:
     schedule = None
     if bundle.model.HasField("diffusion"):
         try:
-            schedule = Schedule.from_spec(bundle.model.diffusion, bundle.model.sample_spec)
+            schedule = Schedule.from_spec(bundle.model.diffusion, wiring.state_spec(bundle.model))
         except ValueError as error:
             problems.append(f"diffusion: {error}")
     if problems:

@@ -1,7 +1,7 @@
 """Requests whose lanes go through several jobs, one after another (ADR 24): what the engine must remember of them.
 
-The request is known by its first job, the *root*. Whenever lanes of a job that has a `Handover` are done, they go on as a
-*stage*: a job of their own on the scheduler's books, which other lanes of the request do not wait for. Pure.
+The request is known by its first job, the *root*. Whenever lanes of a job that has a `Handover` are done, they go on as
+a *stage*: a job of their own on the scheduler's books, which other lanes of the request do not wait for. Pure.
 """
 
 from dataclasses import dataclass, field

@@ -51,6 +51,14 @@ def determinism_class(
     return f"certified-{device.kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
+def joined(own: str, other: str) -> str:
+    """The class of answers that two models make, one after the other; promises nothing where one of them does not."""
+    for name in (own, other):
+        if not is_promise(name):
+            return name
+    return f"{own.rpartition('-')[0]}-{hashlib.sha256(f'{own} {other}'.encode()).hexdigest()[:24]}"
+
+
 def is_promise(determinism_class: str) -> bool:
     """Whether a class promises anything."""
     return determinism_class.startswith("certified-")

@@ -82,6 +82,10 @@ def _model_failed(error: failures.ModelFailedError) -> _Row:
     return _Row(grpc.StatusCode.FAILED_PRECONDITION, Reason.MODEL_FAILED, {"model": error.model})
 
 
+def _model_in_use(error: failures.ModelInUseError) -> _Row:
+    return _Row(grpc.StatusCode.FAILED_PRECONDITION, Reason.MODEL_IN_USE, {"model": error.model})
+
+
 def _overloaded(error: failures.OverloadedError) -> _Row:
     return _Row(grpc.StatusCode.UNAVAILABLE, Reason.OVERLOADED, detail=_retry(error.retry_after_s))
 
@@ -124,6 +128,7 @@ _TABLE: dict[type[failures.ServingError], Callable[..., _Row]] = {
     failures.MethodUnsupportedError: _method_unsupported,
     failures.ModelLoadingError: _model_loading,
     failures.ModelFailedError: _model_failed,
+    failures.ModelInUseError: _model_in_use,
     failures.OverloadedError: _overloaded,
     failures.DrainingError: _draining,
     failures.QuotaExceededError: _quota_exceeded,

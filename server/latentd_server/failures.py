@@ -58,6 +58,14 @@ class ModelFailedError(ServingError):
         self.model = model
 
 
+class ModelInUseError(ServingError):
+    """Other models lean on this one, so that it stays."""
+
+    def __init__(self, model: str, users: list[str]) -> None:
+        super().__init__(f"{model} decodes the samples of {', '.join(users)}; unload that first")
+        self.model = model
+
+
 class OverloadedError(ServingError):
     """The backlog is full; nothing was accepted."""
 

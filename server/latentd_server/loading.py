@@ -10,21 +10,24 @@ from pathlib import Path
 from latentd import __version__
 from latentd.v1 import bundle_pb2, model_pb2
 
-from latentd_server import step_graph
+from latentd_server import latents, step_graph
 from latentd_server.alone import Alone
-from latentd_server.bundle import StoredBundle, read
+from latentd_server.bundle import BundleError, StoredBundle, read
 from latentd_server.call_runner import CallRunner
 from latentd_server.certificate import Buckets, Certificate, Promise, Trial, bucket_sizes, certify, warm_up, witness
 from latentd_server.certificate_cache import CertificateCache
-from latentd_server.determinism import conditions, determinism_class, is_promise
+from latentd_server.determinism import conditions, determinism_class, is_promise, joined
 from latentd_server.job import Servable
 from latentd_server.runners import Runner
 from latentd_server.runtime import CompiledGraph, Device, compiling
 from latentd_server.scheduler import GraphKey
 from latentd_server.step_runner import StepRunner
 from latentd_server.trials import CallTrial, StepTrial
+from latentd_server.wiring import state_spec
 
 log = logging.getLogger(__name__)
+
+_NONE: Mapping[str, Servable] = {}
 
 _Source = bundle_pb2.NetworkInput
 _Determinism = model_pb2.ModelDeterminism
@@ -42,6 +45,7 @@ class LoadedModel:
 
     servable: Servable
     runners: dict[GraphKey, Runner]
+    checkable: bool  # whether the bytes of its own graphs are promised
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class Terms:
     cache: CertificateCache
 
 
-def load(directory: Path, terms: Terms) -> LoadedModel:
-    """Read, check, compile, warm up and certify one bundle.
+def load(directory: Path, terms: Terms, served: Mapping[str, Servable] = _NONE) -> LoadedModel:
+    """Read, check, compile, warm up and certify one bundle; `served` are the models that it may lean on, by name.
 
     Raises:
         BundleError: the bundle is not one that can be served.
@@ -65,6 +69,9 @@ def load(directory: Path, terms: Terms) -> LoadedModel:
     started = time.monotonic()
     stored = read(directory)
     model = stored.message.model
+    decoder = served.get(model.latent_space.decoder) if model.HasField("latent_space") else None
+    if model.HasField("latent_space") and (found := latents.problems(stored.message, decoder)):
+        raise BundleError(found)
     circumstances = conditions(model.digest, terms.device, terms.threads)
     runners: dict[GraphKey, Runner] = {}
     certificates: dict[str, Certificate] = {}
@@ -79,9 +86,13 @@ def load(directory: Path, terms: Terms) -> LoadedModel:
         if terms.strict and certificate.promise is not Promise.BATCHED:
             log.warning("%s: %s", model.name, _explanation(network.file, certificate))
     name = determinism_class(circumstances, terms.device, certificates, terms.strict)
+    own = is_promise(name)
     model.determinism.CopyFrom(_described(name, certificates, terms.strict))
+    if decoder is not None:
+        model.determinism.determinism_class = name = joined(name, decoder.determinism_class)
+        model.determinism.explanation += f"; samples are decoded by {decoder.model.name}, which its class covers"
     log.info("%s is ready after %.2f s (%s)", model.name, time.monotonic() - started, name)
-    return LoadedModel(Servable(stored.message, stored.schedule, name, is_promise(name)), runners)
+    return LoadedModel(Servable(stored.message, stored.schedule, name, is_promise(name), decoder), runners, own)
 
 
 def _prepared(
@@ -95,7 +106,7 @@ def _prepared(
         return calls, CallTrial(calls, network, model, terms.max_rows), data
     by_source = {value.source: value.name for value in network.inputs}
     label = by_source.get(_Source.SOURCE_CLASS_LABEL)
-    shape = tuple(model.sample_spec.shape)
+    shape = tuple(state_spec(model).shape)
     data = step_graph.build(
         data,
         by_source[_Source.SOURCE_SAMPLE],

@@ -20,7 +20,7 @@ def opened(plan: Sampling, walk: Walk, model: Wiring) -> tuple[Loop, LoopPositio
     """A loop at its first timestep, from a Sample request as resolved."""
     if not isinstance(plan.job, StepJob) or model.schedule is None:
         raise TypeError(f"{model.name} is no diffusion model")
-    loop = Loop(plan, model.schedule, walk.sampler, walk.eta, model.sample)
+    loop = Loop(plan, model.schedule, walk.sampler, walk.eta, model.state)
     return loop, LoopPosition(previous=None, current=walk.visited[0], remaining=(*walk.visited[1:], CLEAN))
 
 

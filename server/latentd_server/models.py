@@ -12,10 +12,10 @@ from pathlib import Path
 from latentd.names import ModelReference, parse_reference
 from latentd.v1 import model_pb2
 
-from latentd_server.bundle import BundleError, find
+from latentd_server.bundle import BundleError, find, named_decoder
 from latentd_server.certificate_cache import CertificateCache
 from latentd_server.engine import Engine
-from latentd_server.failures import ModelFailedError, ModelLoadingError, ModelNotFoundError
+from latentd_server.failures import ModelFailedError, ModelInUseError, ModelLoadingError, ModelNotFoundError
 from latentd_server.job import Servable
 from latentd_server.loading import Terms, load
 from latentd_server.runtime import Device
@@ -115,9 +115,14 @@ class Registry:
                 self._change(held, model_pb2.Model.STATE_LOADING)
 
     async def load_all(self) -> None:
-        """Load every bundle under the models directory, one after another; a bad one is marked FAILED."""
+        """Load every bundle under the models directory, one after another; a bad one is marked FAILED. Those that
+        lean on others come after them.
+        """
         self.discover()
-        for held in list(self._held.values()):
+        leaning = await asyncio.to_thread(
+            lambda: {held.reference for held in list(self._held.values()) if named_decoder(held.directory)}
+        )
+        for held in sorted(self._held.values(), key=lambda held: held.reference in leaning):
             await self._load(held)
 
     async def load(self, reference: str) -> model_pb2.Model:
@@ -147,6 +152,7 @@ class Registry:
         Raises:
             ValueError: the reference is malformed.
             ModelNotFoundError: there is no such model.
+            ModelInUseError: it decodes the samples of a model that is served.
         """
         held = self._find(reference)
         await asyncio.shield(self._unload(held))
@@ -160,7 +166,10 @@ class Registry:
             held.failure = ""
             self._change(held, model_pb2.Model.STATE_LOADING)
             try:
-                loaded = await asyncio.to_thread(load, held.directory, self._terms)
+                loaded = await asyncio.to_thread(load, held.directory, self._terms, self._served())
+                needed = loaded.servable.decoder
+                if needed is not None and self._served().get(needed.model.name) is not needed:
+                    raise BundleError([f"{needed.model.name} was unloaded meanwhile, which decodes its samples"])
             except Exception as error:
                 if not isinstance(error, BundleError):
                     log.exception("%s could not be loaded", held.reference)
@@ -168,13 +177,16 @@ class Registry:
                 log.error("%s is not served: %s", held.reference, held.failure)
                 self._change(held, model_pb2.Model.STATE_FAILED)
                 return
-            self._engine.attach(loaded.runners, promise=loaded.servable.promise)
+            self._engine.attach(loaded.runners, promise=loaded.checkable)
             held.servable = loaded.servable
             self._change(held, model_pb2.Model.STATE_ACTIVE)
 
     async def _unload(self, held: _Held) -> None:
         held.change = held.change or asyncio.Lock()
         async with held.change:
+            users = [str(other.reference) for other in self._held.values() if _leans(other, held)]
+            if users:
+                raise ModelInUseError(str(held.reference), sorted(users))
             if held.state == model_pb2.Model.STATE_ACTIVE:
                 self._change(held, model_pb2.Model.STATE_DRAINING)
                 await self._engine.finished(str(held.reference))
@@ -193,6 +205,14 @@ class Registry:
             raise ModelNotFoundError(reference, self._active())
         return max(matches, key=lambda held: (held.state == model_pb2.Model.STATE_ACTIVE, held.reference.version))
 
+    def _served(self) -> dict[str, Servable]:
+        """The models that answer, by canonical name."""
+        return {
+            str(held.reference): held.servable
+            for held in self._held.values()
+            if held.state == model_pb2.Model.STATE_ACTIVE and held.servable is not None
+        }
+
     def _active(self) -> list[str]:
         return [model.name for model in self.models() if model.state == model_pb2.Model.STATE_ACTIVE]
 
@@ -201,3 +221,9 @@ class Registry:
         self._answering.clear()
         for listener in self._listeners:
             listener(str(held.reference), state)
+
+
+def _leans(model: _Held, other: _Held) -> bool:
+    """Whether a model that is loaded has its samples decoded by the other."""
+    servable = model.servable
+    return servable is not None and servable.decoder is not None and servable.decoder is other.servable

@@ -51,13 +51,13 @@ class Schedule:
             raise ValueError("; ".join(problems))
 
     @classmethod
-    def from_spec(cls, spec: model_pb2.DiffusionSpec, sample_spec: model_pb2.TensorSpec) -> "Schedule":
+    def from_spec(cls, spec: model_pb2.DiffusionSpec, state_spec: model_pb2.TensorSpec) -> "Schedule":
         """Read the schedule of a bundle.
 
         Raises:
             ValueError: lists everything that is wrong with it.
         """
-        clip = (sample_spec.min_value, sample_spec.max_value) if spec.clip_denoised else None
+        clip = (state_spec.min_value, state_spec.max_value) if spec.clip_denoised else None
         return cls(np.array(spec.alphas), np.array(spec.sigmas), spec.prediction, clip)
 
     @property

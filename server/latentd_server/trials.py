@@ -17,6 +17,7 @@ from latentd_server.runners import Outcome, evaluate
 from latentd_server.samplers import Table
 from latentd_server.scheduler import Cohort, Entry, Segment
 from latentd_server.step_runner import StepRunner
+from latentd_server.wiring import state_spec
 
 Array = NDArray[Any]
 _Source = bundle_pb2.NetworkInput
@@ -66,7 +67,7 @@ class StepTrial:
         pattern = (1, 2, 1) if has_label and model.diffusion.guidance_supported else (1, 1, 1)
         rows = [pattern[lane % 3] for lane in range(max_rows)]
         self.rows = tuple(rows[: int(np.searchsorted(np.cumsum(rows), max_rows, side="right"))])
-        count, shape = len(self.rows), tuple(model.sample_spec.shape)
+        count, shape = len(self.rows), tuple(state_spec(model).shape)
         self._runner = runner
         self._name = model.name
         self._labels = rng.integers(0, len(model.class_names), count) if has_label else np.full(count, -1)

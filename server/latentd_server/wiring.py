@@ -107,6 +107,13 @@ class Wiring:
     guidance_supported: bool
     determinism_class: str
     promise: bool
+    decoder: "Wiring | None"  # of the model whose latents this one walks over
+    latent_scale: tuple[tuple[float, ...], tuple[float, ...]]  # scales and shifts, of one value or one a channel
+
+    @property
+    def state(self) -> Range:
+        """What a diffusion model walks over: latents of another model, or samples."""
+        return self.latent if self.decoder is not None and self.latent is not None else self.sample
 
     @property
     def uniform_prior(self) -> bool:
@@ -144,7 +151,14 @@ def wiring(servable: Servable) -> Wiring:
         guidance_supported=model.diffusion.guidance_supported,
         determinism_class=servable.determinism_class,
         promise=servable.promise,
+        decoder=None if servable.decoder is None else wiring(servable.decoder),
+        latent_scale=(tuple(model.latent_space.scales) or (1.0,), tuple(model.latent_space.shifts) or (0.0,)),
     )
+
+
+def state_spec(model: model_pb2.Model) -> model_pb2.TensorSpec:
+    """What a diffusion model's network walks over: latents of another model, or samples."""
+    return model.latent_spec if model.HasField("latent_space") else model.sample_spec
 
 
 def supporting(servable: Servable, method: model_pb2.Model.Method.ValueType) -> Wiring:

@@ -22,6 +22,7 @@ CODES = {
     Reason.METHOD_UNSUPPORTED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.MODEL_LOADING: grpc.StatusCode.UNAVAILABLE,
     Reason.MODEL_FAILED: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.MODEL_IN_USE: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.OVERLOADED: grpc.StatusCode.UNAVAILABLE,
     Reason.DRAINING: grpc.StatusCode.UNAVAILABLE,
     Reason.QUOTA_EXCEEDED: grpc.StatusCode.RESOURCE_EXHAUSTED,

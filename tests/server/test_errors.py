@@ -50,6 +50,7 @@ ROWS = [
     ),
     (failures.ModelLoadingError("x@1"), Code.UNAVAILABLE, "MODEL_LOADING", "RetryInfo"),
     (failures.ModelFailedError("x@1", "bad digest"), Code.FAILED_PRECONDITION, "MODEL_FAILED", None),
+    (failures.ModelInUseError("x@1", ["y@1"]), Code.FAILED_PRECONDITION, "MODEL_IN_USE", None),
     (failures.OverloadedError(9, 9, 0.5), Code.UNAVAILABLE, "OVERLOADED", "RetryInfo"),
     (failures.DrainingError(), Code.UNAVAILABLE, "DRAINING", "RetryInfo"),
     (failures.QuotaExceededError("stream", "full"), Code.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", "QuotaFailure"),
