@@ -40,7 +40,7 @@ class Bounds(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Line:
-    """What one caller has outstanding in one flow. A lane's rows count as often as it takes steps, and so on."""
+    """What one caller has in one flow that is not paused. A lane's rows count as often as it takes steps, and so on."""
 
     weight: float
     flow: "_Flow"
@@ -67,7 +67,7 @@ class _Line:
 
 @dataclass(slots=True, eq=False)
 class _Flow:
-    """What all callers of one priority class have outstanding on one graph."""
+    """What all callers of one priority class have on one graph that is not paused: that keeps nobody waiting."""
 
     rows: int = 0
     evaluations: int = 0
@@ -79,10 +79,10 @@ class _Part:
     """What is left of an accepted job on one graph."""
 
     key: GraphKey
-    line: _Line
     steps: int
     rows: int
     evaluations: int
+    line: _Line | None = None  # that it is counted in, while it is not paused
 
 
 @dataclass(slots=True, eq=False)
@@ -90,8 +90,9 @@ class _Ticket:
     """What is left of an accepted job, on every graph that its lanes go through."""
 
     caller: str
+    priority: Priority
     parts: dict[GraphKey, _Part] = field(default_factory=dict)
-    paused: bool = False  # and counted in no line, for it keeps nobody waiting
+    paused: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -146,17 +147,13 @@ class Admission:
         self._check_bounds(job, caller, now_s)
         if deadline_s is not None:
             self._check_reachable(job, caller, priority, now_s, deadline_s - now_s)
-        ticket = self._tickets[job_id] = _Ticket(caller)
+        ticket = self._tickets[job_id] = _Ticket(caller, priority)
         for stage in stages(job):
-            key = graph_key(stage)
-            flow = self._flows.setdefault(key, {}).setdefault(priority, _Flow())
-            line = flow.lines.setdefault(caller, _Line(self._weight(caller), flow))
             evaluations = stage.lane_count * stage.evaluations_per_lane
-            part = _Part(key, line, _steps(stage), stage.lane_count * stage.rows_per_lane, evaluations)
-            ticket.parts[key] = part
+            part = _Part(graph_key(stage), _steps(stage), stage.lane_count * stage.rows_per_lane, evaluations)
+            ticket.parts[part.key] = part
             self._inflow.add(evaluations, now_s)
-            line.jobs += 1
-            line.add(part.rows, part.steps, evaluations)
+            self._enter(ticket, part)
             self._count(part, caller, evaluations)
 
     def check_room(self, model: str, caller: str, evaluations: int, now_s: float) -> None:
@@ -178,7 +175,7 @@ class Admission:
             done = rows if arrival.done else 0
             part.rows -= done
             part.evaluations -= rows
-            if not ticket.paused:
+            if part.line is not None:
                 part.line.add(-done, part.steps, -rows)
             self._count(part, ticket.caller, -rows)
         self._costs.setdefault(batch.key, StepCosts()).timed(size, seconds, now_s)
@@ -189,9 +186,11 @@ class Admission:
         ticket = self._tickets.get(job_id)
         if ticket is not None and ticket.paused != paused:
             ticket.paused = paused
-            sign = -1 if paused else 1
             for part in ticket.parts.values():
-                part.line.add(sign * part.rows, part.steps, sign * part.evaluations)
+                if paused:
+                    self._exit(ticket, part)
+                else:
+                    self._enter(ticket, part)
 
     def ended(self, job_id: int) -> None:
         """Forget a job, finished or not."""
@@ -199,17 +198,27 @@ class Admission:
         if ticket is None:
             return
         for part in ticket.parts.values():
-            line, flows = part.line, self._flows[part.key]
             if not ticket.paused:
-                line.add(-part.rows, part.steps, -part.evaluations)
+                self._exit(ticket, part)
             self._count(part, ticket.caller, -part.evaluations)
-            line.jobs -= 1
-            if not line.jobs:
-                del line.flow.lines[ticket.caller]
-                for priority in [priority for priority, flow in flows.items() if not flow.lines]:
-                    del flows[priority]
-                if not flows:
-                    del self._flows[part.key]
+
+    def _enter(self, ticket: _Ticket, part: _Part) -> None:
+        flow = self._flows.setdefault(part.key, {}).setdefault(ticket.priority, _Flow())
+        part.line = flow.lines.setdefault(ticket.caller, _Line(self._weight(ticket.caller), flow))
+        part.line.jobs += 1
+        part.line.add(part.rows, part.steps, part.evaluations)
+
+    def _exit(self, ticket: _Ticket, part: _Part) -> None:
+        line, part.line, flows = part.line, None, self._flows[part.key]
+        assert line is not None
+        line.add(-part.rows, part.steps, -part.evaluations)
+        line.jobs -= 1
+        if not line.jobs:
+            del line.flow.lines[ticket.caller]
+            if not line.flow.lines:
+                del flows[ticket.priority]
+            if not flows:
+                del self._flows[part.key]
 
     def forget_model(self, model: str) -> None:
         """Forget what the graphs of a model cost; its last job must be over."""

@@ -288,6 +288,22 @@ def test_a_paused_job_keeps_nobody_waiting() -> None:
     assert server.admission.backlog == 0
 
 
+def test_callers_that_are_paused_stand_for_nobody() -> None:
+    """Nor does their class or their graph take a share of the device: an estimate is as if they were not there."""
+    asked = steps(10, lanes=ROWS), "x", Priority.NORMAL
+    server = measured()
+    server.submit(steps(100, lanes=50), "busy")
+    server.submit(decode(64, model="b@1"), "busy")
+    sleepers = [server.submit(steps(50, lanes=3), f"sleeper-{i}", priority=list(Priority)[i % 3]) for i in range(600)]
+    sleepers += [server.submit(decode(9, model=f"{i}@1"), "sleeper") for i in range(9)]
+    for job in sleepers:
+        server.admission.pause(job, True)
+    paused_s = server.admission.estimate_s(*asked, server.now_s)
+    for job in sleepers:
+        server.drop(job)
+    assert paused_s == server.admission.estimate_s(*asked, server.now_s)
+
+
 def test_a_model_that_is_unloaded_is_forgotten() -> None:
     """What its graphs cost refuses nobody when it comes back."""
     server = measured()
