@@ -172,4 +172,6 @@ def test_without_an_encoder_there_is_no_encode() -> None:
         assert (model_pb2.Model.METHOD_ENCODE in spec.methods) == (share > 0)
         assert (Role.ROLE_ENCODER in {graph.role for graph in spec.graphs}) == (share > 0)
         assert ("learned inverter" in spec.description) == (share > 0)
-        assert "no explicit inference model" in spec.description
+        assert ("learned inverter" in spec.answers[model_pb2.Model.METHOD_ENCODE]) == (share > 0)
+        assert spec.likelihood is not None
+        assert "no explicit inference model" in spec.likelihood.explanation

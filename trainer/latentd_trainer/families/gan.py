@@ -34,8 +34,12 @@ from latentd_trainer.families.sizes import PyramidSettings
 from latentd_trainer.nets import ImageToVector, VectorToImage
 from latentd_trainer.optimization import Average, Updater
 from latentd_trainer.pyramid import Pyramid
-from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source
+from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source, no_likelihood
 
+NO_LIKELIHOOD = (
+    "The generator defines samples alone: there is no explicit inference model, and p(sample) cannot be worked out."
+)
+"""What the cards of the family say."""
 LOSSES = ("nonsaturating", "minimax", "hinge")
 _OF_ALL_PRESETS = {
     "latent": 128,
@@ -309,19 +313,29 @@ class Gan(Family):
             methods=methods,
             sample_shape=shape,
             latent_shape=latent,
-            description=self._describe(),
+            description=(
+                f"Class-conditional generative adversarial network: {self.config.loss} loss, projection "
+                f"discriminator, {self.config.latent} latent dimensions."
+                + (" Its scores order images by realness; they are no probabilities." * (self.config.loss == "hinge"))
+                + (" Its encoder is a learned inverter." * ("encoder" in self.modules))
+            ),
             reference_uri="https://arxiv.org/abs/1406.2661",
+            likelihood=no_likelihood(NO_LIKELIHOOD),
+            answers=self._answers(),
         )
 
-    def _describe(self) -> str:
-        scores = "Scores are the discriminator's P(real), not a likelihood"
+    def _answers(self) -> dict[model_pb2.Model.Method.ValueType, str]:
+        """What the graphs do not tell of Encode and Score."""
+        answers = {model_pb2.Model.METHOD_ENCODE: "nothing: there is no inference model, and no inverter was trained"}
+        if "encoder" in self.modules:
+            answers[model_pb2.Model.METHOD_ENCODE] = (
+                "a latent for the sample and its class, by a learned inverter of the generator; no posterior"
+            )
         if self.config.loss == "hinge":
-            scores = "Scores order images by realness; they are no probabilities, and no likelihood"
-        encoder = " Its encoder is a learned inverter." * ("encoder" in self.modules)
-        return (
-            f"Class-conditional generative adversarial network: {self.config.loss} loss, projection discriminator, "
-            f"{self.config.latent} latent dimensions. {scores}, for there is no explicit inference model.{encoder}"
-        )
+            answers[model_pb2.Model.METHOD_SCORE] = (
+                "the critic's margin squashed to 0 to 1: an order by realness, no probability; given the class"
+            )
+        return answers
 
     def _noise(self, batch: Batch, moment: Moment) -> Tensor:
         count = len(batch.images) * moment.shard.count
