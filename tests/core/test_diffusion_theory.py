@@ -1,4 +1,4 @@
-"""What papers say of diffusion (DDPM is arXiv 2006.11239), against Bayes' rule and closed forms: posterior, parametrizations, guidance."""
+"""What papers say of steps, predictions and guidance, against Bayes' rule and closed forms. DDPM: arXiv 2006.11239."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_single_steps_compose_to_the_forward_process(make_schedule, make_betas):
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 @pytest.mark.parametrize("timesteps", [(40, 39), (40, 12)])
 def test_a_step_of_ddpm_is_the_posterior(kind, timesteps, make_schedule):
-    """The normal (x_s, x_t) given x_0, conditioned on x_t, for neighbours (DDPM, eq. 7) and for levels further apart."""
+    """The normal (x_s, x_t) given x_0, conditioned on x_t: for neighbours (DDPM, eq. 7), and further apart."""
     schedule = make_schedule(kind, prediction="sample", count=50)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = (schedule.level(timestep) for timestep in timesteps)
     covariance = alpha_t / alpha_s * sigma_s**2  # of x_s and x_t given x_0, for x_t = alpha_t / alpha_s x_s + noise
@@ -31,7 +31,7 @@ def test_a_step_of_ddpm_is_the_posterior(kind, timesteps, make_schedule):
 
 
 def test_predictions_are_one_network_with_three_weights(make_schedule):
-    """A square error of x_0 is snr times that as an error of eps, snr + 1 times that of v (Salimans & Ho, section 4)."""
+    """A square error of eps is snr times that of x_0, one of v snr + 1 times (arXiv 2202.00512, section 4)."""
     timestep = 30
     for prediction in PREDICTIONS:
         schedule = make_schedule("cosine", prediction=prediction, count=50)

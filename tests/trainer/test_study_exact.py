@@ -91,6 +91,36 @@ def test_the_bound_of_several_draws_is_the_sum_over_all_of_their_outcomes(machin
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
+def test_a_prior_counted_twice_loses_its_logarithm(machine: Machine) -> None:
+    """E_q ln p(x, z) - KL(q || p(z)) is the ELBO plus E_q ln p(z), which is below 0: off by nats."""
+    with torch.no_grad():
+        lost = machine.log_q().exp() @ machine.log_prior()
+        found = exact_bounds.prior_counted_twice(machine) - exact_bounds.elbo(machine)
+    torch.testing.assert_close(found, lost, rtol=0, atol=1e-13)
+    assert (lost < -0.1).all()
+
+
+def test_a_divergence_that_is_added_bounds_nothing(machine: Machine) -> None:
+    """E_q ln p(x | z) + KL(q || p(z)) exceeds ln p(x) for some images; with a minus it is the ELBO."""
+    with torch.no_grad():
+        added = exact_bounds.reconstruction_less_divergence(machine, sign=1.0)
+        torch.testing.assert_close(
+            exact_bounds.reconstruction_less_divergence(machine), exact_bounds.elbo(machine), rtol=0, atol=1e-13
+        )
+        assert (added > machine.log_likelihood()).any()
+
+
+def test_the_mean_bound_is_a_divergence_of_joints(machine: Machine) -> None:
+    """E_data ELBO = -KL(p_data q || p) - H(p_data), and so the KL of data and model is no larger than that."""
+    log_data = machine.data.log()
+    with torch.no_grad():
+        joint = divergence((log_data[:, None] + machine.log_q()).flatten(), machine.log_joint().flatten())
+        bound = machine.data @ exact_bounds.elbo(machine)
+        assert divergence(log_data, machine.log_likelihood()) < joint
+    entropy = -(machine.data * log_data).sum()
+    torch.testing.assert_close(bound, -joint - entropy, rtol=0, atol=1e-13)
+
+
 def test_with_the_posterior_as_q_the_bound_is_tight(machine: Machine) -> None:
     """Where one q can be the posterior of every image, both bounds are ln p(x): a net whose pixels tell nothing."""
     with torch.no_grad():
