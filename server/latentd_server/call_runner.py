@@ -11,7 +11,7 @@ from latentd.v1 import bundle_pb2
 from latentd_server import noise
 from latentd_server.certificate import Buckets
 from latentd_server.draws import Draws
-from latentd_server.job import CallJob, Noise
+from latentd_server.job import CallJob, Noise, Repeated
 from latentd_server.runners import Array, Outcome
 from latentd_server.runtime import NO_CAPTURE, BoundGraph, CompiledGraph, Layout, Memory, recording
 from latentd_server.scheduler import Segment
@@ -164,7 +164,7 @@ class CallRunner:
 
 
 def _feed(
-    target: Array, feeds: list[Array | Noise], jobs: list[CallJob], lanes: list[slice], spans: list[slice]
+    target: Array, feeds: list[Array | Noise | Repeated], jobs: list[CallJob], lanes: list[slice], spans: list[slice]
 ) -> None:
     """Fill one input: rows that were given are copied, noise is drawn for all rows that want it together."""
     given, places, noises = [], [], []

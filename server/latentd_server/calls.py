@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from latentd_server import noise
 from latentd_server.fields import MAX_INT32, Fields, has_label
-from latentd_server.job import Array, CallJob, Noise
+from latentd_server.job import Array, CallJob, Noise, Repeated
 from latentd_server.noise import Purpose
 from latentd_server.plans import Decoding, Encoding, Limits, OutputForm, SampleHead, Sampling, Scoring
 from latentd_server.wiring import LATENTS, SCORES, Graph, Input, Meaning, Source, Wiring
@@ -23,7 +23,7 @@ MAX_TEMPERATURE = 1000.0
 
 _WHY_NOT = "this is no diffusion model"
 
-Feeds = Mapping["bundle_pb2.NetworkInput.Source.ValueType", "Array | Noise | None"]
+Feeds = Mapping["bundle_pb2.NetworkInput.Source.ValueType", "Array | Noise | Repeated | None"]
 
 
 def sample(fields: Fields, request: generation_service_pb2.SampleRequest, head: SampleHead, model: Wiring) -> Sampling:
@@ -157,9 +157,9 @@ def score(
     elif labels is not None:
         labels = np.repeat(labels, repeats)
     values: Feeds = {
-        Source.SOURCE_SAMPLE: np.repeat(samples, repeats, axis=0),
+        Source.SOURCE_SAMPLE: Repeated(samples, repeats),
         Source.SOURCE_CLASS_LABEL: labels,
-        Source.SOURCE_CODES: None if codes is None else np.repeat(codes, repeats, axis=0),
+        Source.SOURCE_CODES: None if codes is None else Repeated(codes, repeats),
     }
     indices = np.repeat(np.arange(len(samples), dtype=np.int64), repeats)
     draws = np.tile(np.arange(draw_count, dtype=np.int64), len(samples) * len(classes))
@@ -235,7 +235,7 @@ def _job(
     draw_indices: NDArray[np.int64] | None = None,
 ) -> CallJob:
     count = len(sample_indices)
-    feeds: dict[str, Array | Noise] = {}
+    feeds: dict[str, Array | Noise | Repeated] = {}
     for entry in graph.inputs:
         value = values.get(entry.source)
         if value is not None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from latentd.v1 import bundle_pb2, model_pb2
 from numpy.typing import NDArray
 
@@ -100,6 +101,24 @@ class Noise:
     stream: int = 0  # the input's number among those filled for this purpose
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Repeated:
+    """A graph input that is each of a few rows so many times over. Rows are taken as they are due, so that a request
+    takes no more memory, and no more of the event loop's time, than it brought.
+    """
+
+    values: Array  # [m, *spec]
+    times: int
+
+    def __len__(self) -> int:
+        return len(self.values) * self.times
+
+    def __getitem__(self, lanes: slice | Array) -> Array:
+        """Rows of lanes, [k, *spec]."""
+        numbers = np.arange(*lanes.indices(len(self))) if isinstance(lanes, slice) else lanes
+        return np.asarray(self.values[numbers // self.times])
+
+
 @dataclass(frozen=True, slots=True)
 class CallJob:
     """Rows of one request for one graph."""
@@ -107,7 +126,7 @@ class CallJob:
     model: str  # canonical name
     role: bundle_pb2.Network.Role.ValueType
     lane_count: int
-    feeds: Mapping[str, Array | Noise]  # by graph input; arrays are [n, *spec]
+    feeds: Mapping[str, Array | Noise | Repeated]  # by graph input; arrays are [n, *spec]
     outputs: tuple[str, ...]  # graph outputs to report; input names are reported as they were fed
     seed: int
     sample_indices: Array  # [n] i64
@@ -159,8 +178,8 @@ def stages(job: Job) -> Iterator[Job]:
 def lanes_of(job: Job, lanes: Array) -> Job:
     """A job of some of a job's lanes, [k] i64. Shares no memory with it that would keep the other lanes alive."""
 
-    def rows(values: Array) -> Array:
-        return values[lanes] if len(values) > 1 else values.copy()
+    def rows(values: Array | Repeated) -> Array:
+        return values[lanes] if len(values) > 1 else values[:].copy()
 
     if isinstance(job, CallJob):
         return replace(
@@ -241,6 +260,7 @@ __all__ = [
     "Job",
     "Noise",
     "Preview",
+    "Repeated",
     "Servable",
     "Start",
     "StepJob",

@@ -167,7 +167,8 @@ def spoiled(job: Job, value: float) -> Job:
         if isinstance(feed, Noise):
             feeds[name] = replace(feed, scale=value)
         else:
-            feeds[name] = np.full_like(feed, value) if feed.dtype == np.float32 else feed
+            rows = feed[:]
+            feeds[name] = np.full_like(rows, value) if rows.dtype == np.float32 else rows
     return replace(job, seed=BAD, feeds=feeds)
 
 

@@ -14,7 +14,7 @@ from latentd.v1 import bundle_pb2, tensor_pb2
 from latentd.v1 import generation_service_pb2 as pb
 from latentd_server import loops, noise, resolve
 from latentd_server.failures import FieldsInvalidError
-from latentd_server.job import CallJob, Noise, StepJob
+from latentd_server.job import CallJob, Noise, Repeated, StepJob
 from latentd_server.noise import Purpose
 from latentd_server.plans import Diffusing, Encoding, Limits
 
@@ -267,6 +267,10 @@ def test_score_runs_over_rows_classes_and_draws(held: dict[str, Any]) -> None:
     assert job.lane_count == 2 * 3 * 4
     assert isinstance(job.feeds["y"], np.ndarray)
     assert job.feeds["y"].tolist() == ([0] * 4 + [1] * 4 + [2] * 4) * 2
+    assert isinstance(job.feeds["x"], Repeated)  # rows are copied when they ride, not for a request at the door
+    rows = np.arange(32, dtype=np.float32).reshape(2, *SHAPE)
+    np.testing.assert_array_equal(job.feeds["x"][:], np.repeat(rows, 12, axis=0))
+    np.testing.assert_array_equal(job.feeds["x"][11:14], rows[[0, 1, 1]])
     assert job.sample_indices.tolist() == [0] * 12 + [1] * 12
     assert job.draw_indices.tolist() == [0, 1, 2, 3] * 6
     np.testing.assert_allclose(np.exp(plan.log_prior), [0.5, 0.25, 0.25])
