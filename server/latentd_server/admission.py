@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from latentd_server import shares
 from latentd_server.failures import DeadlineUnreachableError, OverloadedError, QuotaExceededError
-from latentd_server.job import Job, stages
+from latentd_server.job import Job, StepJob, stages
 from latentd_server.priority import Priority
 from latentd_server.scheduler import Arrival, Batch, GraphKey, graph_key
 from latentd_server.step_costs import WINDOW_S, Decaying, DrainRates, StepCosts
@@ -171,8 +171,8 @@ class Admission:
             if ticket is None:
                 continue  # given up while it rode
             part = ticket.parts[batch.key]
-            rows = arrival.segment.rows
-            done = rows if arrival.done else 0
+            segment = arrival.segment
+            rows, done = segment.rows, segment.count * segment.entry.rows_per_lane if arrival.done else 0
             part.rows -= done
             part.evaluations -= rows
             if part.line is not None:
@@ -270,9 +270,9 @@ class Admission:
         costs = self._costs.get(graph_key(job))
         if costs is None or not costs.is_fresh(now_s):
             return
-        steps, rows = _steps(job), job.lane_count * job.rows_per_lane
+        steps, evaluations = _steps(job), job.lane_count * job.evaluations_per_lane
         rate = self._rates.per_s()
-        last_s = (self.backlog + rows * steps) / rate + steps * costs.typical(self._max_rows) if rate else math.inf
+        last_s = (self.backlog + evaluations) / rate + steps * costs.typical(self._max_rows) if rate else math.inf
         if _PLENTY * (last_s + beside_s) <= left_s:
             return
         alone_s = beside_s + self._alone_s(job, now_s)
@@ -288,14 +288,14 @@ class Admission:
     def _batches(self, job: Job) -> int:
         """Calls that a job alone needs, one after another."""
         steps = _steps(job)
-        return max(steps, -(-job.lane_count * job.rows_per_lane * steps // self._max_rows))
+        return max(steps, -(-job.lane_count * job.evaluations_per_lane // self._max_rows))
 
     def _alone_s(self, job: Job, now_s: float) -> float:
         """Seconds a job needs at least; 0 where that is not known."""
         costs = self._costs.get(graph_key(job))
         if costs is None or not costs.is_fresh(now_s):
             return 0.0
-        return self._batches(job) * costs.least(min(job.lane_count * job.rows_per_lane, self._max_rows), now_s)
+        return self._batches(job) * costs.least(min(_rows(job), self._max_rows), now_s)
 
     def estimate_s(self, job: Job, caller: str, priority: Priority, now_s: float) -> float:
         """Seconds until a job would be done if it were let in now and nobody came after it.
@@ -305,7 +305,7 @@ class Admission:
         """
         key = graph_key(job)
         costs = self._costs.get(key, StepCosts())
-        steps, rows = _steps(job), job.lane_count * job.rows_per_lane
+        steps, rows = _steps(job), _rows(job)
         demand = rows + sum(flow.rows for flow in self._flows.get(key, {}).values())
         if demand <= self._max_rows:
             own_s = steps * costs.least(demand, now_s)
@@ -319,7 +319,7 @@ class Admission:
             beside = self._beside(key, caller, priority, evaluations)
             return min(evaluations / seats, beside / pace) if pace else evaluations / seats
 
-        start, walk = batches(ahead), max(float(steps), batches(rows * steps))
+        start, walk = batches(ahead), max(float(steps), batches(job.lane_count * job.evaluations_per_lane))
         own_s = (start + walk) * costs.typical(self._max_rows)
         return _MARGIN * (own_s + self._elsewhere_s(key, priority, own_s))
 
@@ -375,7 +375,12 @@ class Admission:
 
 def _steps(job: Job) -> int:
     """Evaluations of a lane that follow one another."""
-    return job.evaluations_per_lane // job.rows_per_lane
+    return len(job.tables[0].timesteps) if isinstance(job, StepJob) else 1
+
+
+def _rows(job: Job) -> int:
+    """Rows that its lanes take together in a call; the mean, where that differs from step to step."""
+    return -(-job.lane_count * job.evaluations_per_lane // _steps(job))
 
 
 def _others(flow: _Flow, caller: str) -> tuple[list[_Line], float]:

@@ -70,7 +70,7 @@ def _riders(segment: Segment) -> list[tuple[_Key, Segment]]:
     return [
         (
             (entry.job_id, lane, segment.position),
-            Segment(entry, Cohort(lane, lane + 1, segment.position), 1, entry.rows_per_lane),
+            Segment(entry, Cohort(lane, lane + 1, segment.position), 1, segment.rows_per_lane),
         )
         for lane in range(segment.start, segment.start + segment.count)
     ]

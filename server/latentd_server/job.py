@@ -10,7 +10,7 @@ events carry the outcome back. Two kinds exist:
 A job may say what becomes of its finished lanes (`then`): lanes of a job of the same request on another graph.
 
 A lane is one sample of a job. An evaluation is one row of one network call; a guided lane takes two
-rows, hence two evaluations, per step.
+rows, hence two evaluations, per step, but for the steps outside its guidance interval.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class StepJob:
     sample_indices: Array  # [n] i64; what the seed is combined with
     labels: Array  # [n] i64; -1 is the unconditional network
     guidance_scale: float = 1.0  # anything but 1 takes a second, unconditional row a lane
+    guidance_interval: tuple[int, int] | None = None  # timesteps, both ends included, that are guided; None is all
     first_step_index: int = 0  # added to the evaluation's number where step noise is drawn
     preview_interval: int = 0  # solver steps between previews; 0 is none
     estimates_wanted: bool = False  # report the last evaluation's x0 and eps
@@ -83,12 +84,24 @@ class StepJob:
     @property
     def evaluations_per_lane(self) -> int:
         """Network rows one lane takes from start to end."""
-        return len(self.tables[0].timesteps) * self.rows_per_lane
+        rows = self.rows_by_evaluation
+        return len(self.tables[0].timesteps) * self.rows_per_lane if rows is None else sum(rows)
 
     @property
     def rows_per_lane(self) -> int:
-        """Rows one lane occupies in a call."""
-        return 1 if self.guidance_scale == 1.0 else 2
+        """Rows one lane occupies in a call, at most."""
+        if self.guidance_scale == 1.0:
+            return 1
+        rows = self.rows_by_evaluation
+        return 2 if rows is None else max(rows)
+
+    @property
+    def rows_by_evaluation(self) -> list[int] | None:
+        """Rows one lane occupies in the call of each of its evaluations; None where an interval makes no difference."""
+        if self.guidance_interval is None or self.guidance_scale == 1.0:
+            return None
+        low, high = self.guidance_interval
+        return [1 + (low <= timestep <= high) for timestep in self.tables[0].timesteps.tolist()]
 
 
 @dataclass(frozen=True, slots=True)

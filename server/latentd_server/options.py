@@ -27,6 +27,7 @@ class Walk:
     explicit: bool  # whether the caller listed them
     eta: float | None
     guidance_scale: float
+    guidance_interval: tuple[int, int] | None  # timesteps, both ends included; None is all
     preview_interval: int
     strength: float | None  # set where there is a start point
     start: NDArray[np.float32] | None  # [1 or n, *sample]
@@ -51,6 +52,9 @@ class Walk:
         )
         if self.strength is not None:
             options.start.strength = self.strength
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            options.guidance_interval.min_timestep, options.guidance_interval.max_timestep = low, high
         return options
 
 
@@ -77,6 +81,7 @@ def read_walk(
         explicit=bool(options.timesteps),
         eta=_eta(fields, options, sampler),
         guidance_scale=read_guidance(fields, options, "diffusion.guidance_scale", model),
+        guidance_interval=_guidance_interval(fields, options, model),
         preview_interval=options.preview_interval_steps,
         strength=_strength(fields, options),
         start=_start(fields, options, model, count),
@@ -158,6 +163,26 @@ def read_guidance(
         fields.reject(path, "must be unset or 1: this model was not trained for guidance")
     fields.number(message.guidance_scale, path, -MAX_GUIDANCE, MAX_GUIDANCE)
     return message.guidance_scale
+
+
+def _guidance_interval(
+    fields: Fields, options: generation_service_pb2.DiffusionOptions, model: Wiring
+) -> tuple[int, int] | None:
+    """The first and the last timestep that are guided, if not all are."""
+    if not options.HasField("guidance_interval"):
+        return None
+    path = "diffusion.guidance_interval"
+    if not options.HasField("guidance_scale"):
+        fields.reject(path, "must be unset where guidance_scale is: without guidance there is nothing to confine")
+    interval, last = options.guidance_interval, schedule_of(model).timestep_count - 1
+    noisiest = interval.max_timestep if interval.HasField("max_timestep") else last
+    low = fields.integer(interval.min_timestep, f"{path}.min_timestep", 0, last)
+    high = fields.integer(noisiest, f"{path}.max_timestep", 0, last)
+    if low is None or high is None:
+        return None
+    if low > high:
+        fields.reject(path, f"min_timestep must be at most max_timestep; got {low} and {high}")
+    return low, high
 
 
 def schedule_of(model: Wiring) -> Schedule:

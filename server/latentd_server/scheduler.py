@@ -83,19 +83,27 @@ class Entry:
     ready: bool = False  # has lanes that may ride; kept by the scheduler
     root: int = field(init=False)  # the job of the request, where its lanes come from another one
     key: GraphKey = field(init=False)
-    rows_per_lane: int = field(init=False)
+    rows_per_lane: int = field(init=False)  # at most
+    rows_by_evaluation: list[int] | None = field(init=False)  # of one lane; None where it always takes as many
     evaluation_count: int = field(init=False)  # of one lane's walk
 
     def __post_init__(self) -> None:
         self.root = self.job_id
         self.key = graph_key(self.job)
         self.rows_per_lane = self.job.rows_per_lane
+        self.rows_by_evaluation = self.job.rows_by_evaluation if isinstance(self.job, StepJob) else None
         self.evaluation_count = len(self.job.tables[0].timesteps) if isinstance(self.job, StepJob) else 1
 
     @property
     def waiting_rows(self) -> int:
         """Rows its waiting lanes would take if all of them rode now."""
-        return sum(cohort.count for cohort in self.cohorts) * self.rows_per_lane
+        if self.rows_by_evaluation is None:
+            return sum(cohort.count for cohort in self.cohorts) * self.rows_per_lane
+        return sum(cohort.count * self.rows_by_evaluation[cohort.position] for cohort in self.cohorts)
+
+    def rows_at(self, position: int) -> int:
+        """Rows one of its lanes takes at this evaluation."""
+        return self.rows_per_lane if self.rows_by_evaluation is None else self.rows_by_evaluation[position]
 
     @property
     def is_over(self) -> bool:
@@ -118,6 +126,11 @@ class Segment:
     def __post_init__(self) -> None:
         self.start = self.cohort.start
         self.position = self.cohort.position
+
+    @property
+    def rows_per_lane(self) -> int:
+        """Rows each of its lanes takes in the call."""
+        return self.rows // self.count
 
     def again(self) -> "Segment":
         """The same lanes at the same evaluation, whatever has become of the cohort since."""
@@ -442,10 +455,12 @@ class Scheduler:
         for entry in caller.in_order():
             if not left:
                 break
-            per_lane = entry.rows_per_lane
-            while entry.ready and left >= per_lane:
+            while entry.ready:
                 cohort = entry.cohorts[0]
+                per_lane = entry.rows_at(cohort.position)
                 count = min(cohort.count, left // per_lane)
+                if not count:
+                    break
                 riders = entry.cohorts.pop(0) if count == cohort.count else cohort.split(count)
                 self._refresh(entry)
                 segments.append(Segment(entry, riders, count, count * per_lane))
@@ -483,7 +498,7 @@ class Scheduler:
             entry.riding -= segment.count
             for cohort in (segment.cohort, *segment.cohort.parted):
                 cohort.cost.compute_s += seconds
-                cohort.cost.evaluations += entry.rows_per_lane
+                cohort.cost.evaluations += segment.rows_per_lane
                 cohort.cost.batches += 1
                 cohort.cost.rows += live_rows
             segment.cohort.flights -= 1
@@ -493,7 +508,7 @@ class Scheduler:
                 arrivals.append(Arrival(segment, done, done and entry.is_over))
             else:
                 # `remove` has counted what was spent on lanes that waited to ride again.
-                spent = segment.cohort.cost.evaluations if segment.last_leg else entry.rows_per_lane
+                spent = segment.cohort.cost.evaluations if segment.last_leg else segment.rows_per_lane
                 arrivals.append(Arrival(segment, done, False, wasted=segment.count * spent))
         return arrivals
 

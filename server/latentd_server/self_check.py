@@ -89,7 +89,7 @@ class SelfCheck:
         entry = check.entry
         model, role = entry.key
         runner = runners[entry.key]
-        segment = Segment(entry, Cohort(0, 1, check.position), 1, entry.rows_per_lane)
+        segment = Segment(entry, Cohort(0, 1, check.position), 1, entry.rows_at(check.position))
         try:
             [outcome] = evaluate(runner, [segment])
         except Exception:
@@ -97,7 +97,7 @@ class SelfCheck:
             self._metrics.self_checked(model, "failed")
             self._over(runner, now_s)
             return
-        self._metrics.self_check_evaluated(model, role, entry.rows_per_lane)
+        self._metrics.self_check_evaluated(model, role, segment.rows)
         check.position += 1
         if outcome.outputs is None:
             return

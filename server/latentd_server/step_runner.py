@@ -254,7 +254,7 @@ class StepRunner:
                 if table.stochastic[position]:
                     noisy.append(lane + index)
                     noises.append((walk.noise_of(first + index), position))
-            if job.rows_per_lane == 2:
+            if segment.rows != count:
                 guided.append((lane, count, job.guidance_scale))
             if wanted := _wanted(job, position):
                 own = range(lane, lane + count)

@@ -53,6 +53,7 @@ def sample(
         sample_indices=head.indices,
         labels=labels,
         guidance_scale=walk.guidance_scale,
+        guidance_interval=walk.guidance_interval,
         preview_interval=walk.preview_interval,
     )
     _check_cost(fields, job, limits, "sample_count")
@@ -97,6 +98,7 @@ def encode(
         sample_indices=np.arange(len(samples), dtype=np.int64),
         labels=labels,
         guidance_scale=walk.guidance_scale,
+        guidance_interval=walk.guidance_interval,
     )
     _check_cost(fields, job, limits, "diffusion.step_count")
     fields.check()
@@ -154,6 +156,7 @@ def decode(
         sample_indices=indices,
         labels=labels,
         guidance_scale=walk.guidance_scale,
+        guidance_interval=walk.guidance_interval,
     )
     if job.tables[0].stochastic.any() and not request.HasField("seed"):
         fields.reject("seed", f"must be set: {walk.sampler} draws fresh noise at every step")

@@ -14,13 +14,23 @@ from latentd_server.step_costs import DrainRates, StepCosts
 ROWS = 8
 
 
-def steps(count: int, lanes: int = 1, *, model: str = "a@1", guided: bool = False) -> StepJob:
+def steps(
+    count: int,
+    lanes: int = 1,
+    *,
+    model: str = "a@1",
+    guided: bool = False,
+    interval: tuple[int, int] | None = None,
+) -> StepJob:
     """A diffusion job."""
     table = Table(
         np.arange(count), np.zeros((count, len(COLUMNS)), np.float32), np.arange(count, dtype=np.int32), count
     )
     indices = np.arange(lanes)
-    return StepJob(model, lanes, (table,), Start(1.0), 0, indices, indices, guidance_scale=2.0 if guided else 1.0)
+    scale = 2.0 if guided else 1.0
+    return StepJob(
+        model, lanes, (table,), Start(1.0), 0, indices, indices, guidance_scale=scale, guidance_interval=interval
+    )
 
 
 def decode(rows: int, *, model: str = "vae@1") -> CallJob:
@@ -80,6 +90,24 @@ def test_work_is_counted_in_evaluations() -> None:
     assert not server.admission._flows
     assert not server.admission._by_caller
     assert not server.admission._by_model
+
+
+def test_steps_outside_a_guidance_interval_count_once() -> None:
+    """The door and its estimate go by the rows that each step takes, and at rest nothing is left on any book."""
+    server = Server()
+    server.submit(steps(10, lanes=3, guided=True, interval=(4, 6)))
+    assert server.admission.backlog == 3 * (7 + 2 * 3)
+    server.run(4)
+    assert server.admission.backlog == 3 * (13 - 4)
+    server.run()
+    assert server.admission.backlog == 0
+    assert not server.admission._flows
+    guided, apart, plain = steps(100, guided=True), steps(100, guided=True, interval=(0, 49)), steps(100)
+    fitted = [job.evaluations_per_lane for job in (guided, apart, plain)]
+    assert fitted == [200, 150, 100]
+    many = [steps(100, 20, guided=True, interval=interval) for interval in (None, (0, 49), (101, 102))]
+    estimates = [server.admission.estimate_s(job, "x", Priority.NORMAL, server.now_s) for job in many]
+    assert estimates[0] > estimates[1] > estimates[2]
 
 
 def test_a_job_given_up_while_it_rides_is_counted_once() -> None:

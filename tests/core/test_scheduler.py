@@ -27,7 +27,14 @@ def _table(evaluations: int) -> Table:
     )
 
 
-def steps(lanes: int, evaluations: int, *, guided: bool = False, model: str = "a@1") -> StepJob:
+def steps(
+    lanes: int,
+    evaluations: int,
+    *,
+    guided: bool = False,
+    interval: tuple[int, int] | None = None,
+    model: str = "a@1",
+) -> StepJob:
     """A diffusion job of so many lanes and evaluations."""
     return StepJob(
         model=model,
@@ -38,6 +45,7 @@ def steps(lanes: int, evaluations: int, *, guided: bool = False, model: str = "a
         sample_indices=np.arange(lanes),
         labels=np.full(lanes, -1),
         guidance_scale=2.0 if guided else 1.0,
+        guidance_interval=interval,
     )
 
 
@@ -434,6 +442,44 @@ def test_a_batch_too_small_for_guidance_is_refused() -> None:
         Scheduler(1)
 
 
+def test_a_lane_takes_two_rows_inside_its_guidance_interval_only() -> None:
+    """What rides, what it costs and what leaving wastes is counted step by step."""
+    scheduler = Scheduler(ROWS)
+    job = steps(3, 4, guided=True, interval=(1, 2))  # of the timesteps 3, 2, 1, 0
+    scheduler.add(1, job, "x", 0.0)
+    batches = [scheduler.plan(0.0)]
+    for _ in range(3):
+        run(scheduler, batches[-1])
+        batches.append(scheduler.plan(0.0))
+    assert [batch.rows for batch in batches if batch] == [3, 6, 6, 3]
+    assert job.evaluations_per_lane == 1 + 2 + 2 + 1
+    assert all(segment.cohort.cost.evaluations == 5 for segment in batches[-1].segments if batches[-1])
+    scheduler.call_off(batches[-1])
+    assert scheduler.remove(1) == 3 * 5
+
+
+def test_guided_lanes_that_leave_their_interval_make_room() -> None:
+    """As many lanes ride as fit at the rows that each takes now: of six, one that is guided beside those that are not."""
+    scheduler = Scheduler(4)
+    scheduler.add(1, steps(6, 2, guided=True, interval=(1, 1)), "x", 0.0)
+    ridden = [[segment.rows_per_lane for segment in batch.segments] for batch in flood(scheduler, 6)]
+    assert ridden == [[2], [1, 2], [1, 2], [1, 2], [1, 2], [1]]
+    assert len(scheduler) == 0
+
+
+def rows_at(job: Job, evaluation: int) -> int:
+    """Rows a lane takes at this evaluation."""
+    if not isinstance(job, StepJob) or job.guidance_scale == 1:
+        return 1
+    low, high = job.guidance_interval or (0, 10**9)
+    return 2 if low <= int(job.tables[0].timesteps[evaluation]) <= high else 1
+
+
+def evaluation_count(job: Job) -> int:
+    """Evaluations of a lane that follow one another."""
+    return len(job.tables[0].timesteps) if isinstance(job, StepJob) else 1
+
+
 class Machine(RuleBasedStateMachine):
     """Random submissions, cancels, pauses and batches against a plain model of what must come out."""
 
@@ -452,15 +498,25 @@ class Machine(RuleBasedStateMachine):
         lanes=st.integers(1, 20),
         evaluations=st.integers(1, 6),
         guided=st.booleans(),
+        interval=st.none() | st.tuples(st.integers(0, 4), st.integers(0, 5)),
         caller=st.sampled_from("abc"),
         model=st.sampled_from(["a@1", "b@1"]),
         one_shot=st.booleans(),
         priority=st.sampled_from(Priority),
     )
     def submit(
-        self, lanes: int, evaluations: int, guided: bool, caller: str, model: str, one_shot: bool, priority: Priority
+        self,
+        lanes: int,
+        evaluations: int,
+        guided: bool,
+        interval: tuple[int, int] | None,
+        caller: str,
+        model: str,
+        one_shot: bool,
+        priority: Priority,
     ) -> None:
-        job = rows(lanes, model=model) if one_shot else steps(lanes, evaluations, guided=guided, model=model)
+        walk = steps(lanes, evaluations, guided=guided, interval=interval, model=model)
+        job = rows(lanes, model=model) if one_shot else walk
         self.scheduler.add(self.next_id, job, caller, 0.0, priority=priority)
         self.lines[self.next_id] = (caller, priority, job.model, one_shot)
         self.jobs[self.next_id] = job
@@ -492,8 +548,10 @@ class Machine(RuleBasedStateMachine):
         assert 1 <= batch.rows <= ROWS
         assert len({segment.entry.key for segment in batch.segments}) == 1
         demand = sum(
-            self.jobs[j].rows_per_lane * sum(1 for lane in range(self.jobs[j].lane_count) if not self.finished[j][lane])
+            rows_at(self.jobs[j], self.evaluated[j][lane])
             for j in able
+            for lane in range(self.jobs[j].lane_count)
+            if not self.finished[j][lane]
             if (self.jobs[j].model, isinstance(self.jobs[j], CallJob)) == (batch.key[0], batch.key[1] == DECODER)
         )
         assert batch.rows >= min(ROWS - 1, demand), "a row stayed empty while a lane could have ridden"
@@ -510,7 +568,7 @@ class Machine(RuleBasedStateMachine):
             if arrival.last:
                 job = self.jobs[job_id]
                 assert self.finished[job_id] == Counter(range(job.lane_count)), "each lane exactly once"
-                assert set(self.evaluated[job_id].values()) == {job.evaluations_per_lane // job.rows_per_lane}
+                assert set(self.evaluated[job_id].values()) == {evaluation_count(job)}
                 self.scheduler.remove(job_id)
                 self.forget(job_id)
 
@@ -524,9 +582,9 @@ class Machine(RuleBasedStateMachine):
             if taken.get(older, 0) == lanes:
                 continue
             younger = sum(
-                count * self.jobs[job].rows_per_lane
-                for job, count in taken.items()
-                if job > older and self.lines[job] == self.lines[older]
+                segment.rows
+                for segment in batch.segments
+                if segment.entry.job_id > older and self.lines[segment.entry.job_id] == self.lines[older]
             )
             assert younger < self.jobs[older].rows_per_lane, "first come, first served"
 

@@ -48,6 +48,9 @@ _DATA_TYPES = (0, tensor_pb2.DATA_TYPE_FLOAT32, tensor_pb2.DATA_TYPE_UINT8)
 @st.composite
 def _walks(draw: st.DrawFn, *, previews: bool) -> pb.SampleRequest:
     options = pb.DiffusionOptions(sampler=draw(st.sampled_from(SAMPLERS)), guidance_scale=draw(_guidance))
+    if options.HasField("guidance_scale") and draw(st.booleans()):
+        options.guidance_interval.min_timestep = draw(st.sampled_from([0, 20]))
+        options.guidance_interval.max_timestep = draw(st.sampled_from([40, 75]))
     if start := draw(_starts):
         options.start.CopyFrom(start)
         options.step_count = draw(st.integers(4, 10))
@@ -112,10 +115,11 @@ _scores = st.builds(
         model=model,
         samples=_array(seed, count, *SHAPE),
         condition=pb.Condition(class_label=label),
-        seed=seed if model == V else None,
-        draw_count=draws if model == V else 0,
+        seed=None if model == G else seed,
+        draw_count=0 if model == G else draws,
+        timestep_count=2 + 5 * draws if model == D else 0,
     ),
-    st.sampled_from([V, G]),
+    st.sampled_from([V, G, D]),
     _seeds,
     _counts,
     st.integers(1, 4),
