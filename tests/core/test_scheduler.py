@@ -459,7 +459,7 @@ def test_a_lane_takes_two_rows_inside_its_guidance_interval_only() -> None:
 
 
 def test_guided_lanes_that_leave_their_interval_make_room() -> None:
-    """As many lanes ride as fit at the rows that each takes now: of six, one that is guided beside those that are not."""
+    """As many lanes ride as fit at the rows that each takes now: a guided one beside one that is not any more."""
     scheduler = Scheduler(4)
     scheduler.add(1, steps(6, 2, guided=True, interval=(1, 1)), "x", 0.0)
     ridden = [[segment.rows_per_lane for segment in batch.segments] for batch in flood(scheduler, 6)]
