@@ -13,6 +13,7 @@ CLAIMS: tuple[str, ...] = (
     "vanishing_gradient",
     "gan_as_em",
     "kl_directions",
+    "ring_of_eight",
 )
 """Every claim by its name on the command line, in the order of the report."""
 

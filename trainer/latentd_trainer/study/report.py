@@ -86,7 +86,10 @@ def _section(name: str, section: Section) -> str:
 
 def _numbers(criterion: Criterion, figures: Mapping[str, float]) -> str:
     bound = figures[criterion.bound] if isinstance(criterion.bound, str) else criterion.bound
-    return f"{figure_text(figures[criterion.figure])} {criterion.relation} {figure_text(bound)}"
+    left, right = (
+        f"{value:g}" if value == int(value) else figure_text(value) for value in (figures[criterion.figure], bound)
+    )
+    return f"{left} {criterion.relation} {right}"
 
 
 def _processor() -> str:
