@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from google.protobuf.message import Message
@@ -17,6 +18,7 @@ from latentd.v1 import generation_service_pb2, model_pb2
 
 from latentd_server import loops, resolve, respond
 from latentd_server.accounts import Account, Peer
+from latentd_server.aside import Aside
 from latentd_server.delivery import Previews
 from latentd_server.failures import (
     CancelledError,
@@ -28,7 +30,7 @@ from latentd_server.failures import (
 )
 from latentd_server.job import Event, Finished, Job, Preview, Servable
 from latentd_server.metrics import Metrics
-from latentd_server.plans import Bounding, Diffusing, Limits, Loop, LoopStep, Sampling, Scoring
+from latentd_server.plans import Bounding, Diffusing, Encoding, Limits, Loop, LoopStep, Sampling, Scoring
 from latentd_server.priority import Priority, of_metadata
 from latentd_server.respond import Gathered
 
@@ -85,6 +87,7 @@ class Door:
     limits: Limits
     clock: Callable[[], float]  # monotonic seconds
     fresh_seed: Callable[[], int]
+    aside: Aside = field(default_factory=Aside)
 
     def servable(self, reference: str) -> Servable:
         """The model a request names.
@@ -130,6 +133,7 @@ class Exchange(ABC):
         self._priority = Priority.NORMAL
         self._job_id: int | None = None
         self._paused = False
+        self._over = False
         self._unanswered = 0  # evaluations of lanes that are done and not in any answer yet
 
     def start(self, request: Any, deadline: float | None, priority: Priority | None = None) -> None:
@@ -177,6 +181,7 @@ class Exchange(ABC):
 
     def end(self, code: str, reason: str = "") -> None:
         """Give up what is still done for it and close the account; only the first time counts."""
+        self._over = True
         if self._job_id is not None:
             self._door.engine.cancel(self._job_id)
             self._job_id = None
@@ -241,8 +246,9 @@ class SingleExchange(Exchange):
         understand, self._answer = _ONE_ANSWER[self.account.method]
         plan = understand(request, self._admissible(request), self._door.limits)
         if isinstance(plan, Diffusing):
+            self._door.aside.check_room(plan.samples.nbytes)
             self.account.seed, self.account.samples = plan.seed, len(plan.samples)
-            self.reply.send(respond.diffused(plan, self.reply.new()), plan.samples.nbytes, final=True)
+            self._send(partial(respond.diffused, plan), plan.samples.nbytes, drawn=plan.samples.nbytes)
             return
         self._plan = plan
         self._gathered = Gathered(plan.job.lane_count)
@@ -255,8 +261,27 @@ class SingleExchange(Exchange):
             counts_rows = isinstance(plan, Scoring | Bounding)
             self.account.samples = plan.row_count if counts_rows else plan.job.lane_count
             size = sum(values.nbytes for values in self._gathered.outputs.values())
+            draws = isinstance(plan, Encoding) and plan.seed is not None
+            self._send(partial(self._answer, plan, self._gathered), size, drawn=size if draws else 0)
+
+    def _send(self, fill: Callable[[Any], Message], size: int, *, drawn: int) -> None:
+        """Fill the answer and pass it on; where much is drawn for it, the event loop does not wait."""
+        response = self.reply.new()
+
+        def filled(failure: Exception | None) -> None:
+            if self._over:
+                return
+            if failure is not None:
+                self.reply.fail(failure)
+                return
             self._unanswered = 0
-            self.reply.send(self._answer(plan, self._gathered, self.reply.new()), size, final=True)
+            self.reply.send(response, size, final=True)
+
+        def work() -> None:
+            if not self._over:
+                fill(response)
+
+        self._door.aside.do(drawn, work, filled)
 
 
 class SampleExchange(Exchange):

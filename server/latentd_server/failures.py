@@ -69,9 +69,18 @@ class ModelInUseError(ServingError):
 class OverloadedError(ServingError):
     """The backlog is full; nothing was accepted."""
 
-    def __init__(self, backlog: int, limit: int, retry_after_s: float, model: str = "") -> None:
-        of_what = f"the backlog of {model}" if model else "the backlog"
-        super().__init__(f"{of_what} holds {backlog} evaluations of at most {limit}")
+    def __init__(
+        self,
+        backlog: int,
+        limit: int,
+        retry_after_s: float,
+        model: str = "",
+        *,
+        of: str = "the backlog",
+        unit: str = "evaluations",
+    ) -> None:
+        of_what = f"{of} of {model}" if model else of
+        super().__init__(f"{of_what} holds {backlog} {unit} of at most {limit}")
         self.retry_after_s = retry_after_s
 
 

@@ -33,6 +33,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         For a server that has drained: jobs of a Stream that are still with the engine are given up, and so is a reader
         that stands still, however little waits for it.
         """
+        await self._door.aside.idle()
         for outbox in self._outboxes:
             outbox.hurry()
         for session in self._sessions:
