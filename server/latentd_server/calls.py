@@ -1,7 +1,7 @@
 """Requests to one-shot models -> `CallJob`s: one evaluation of one graph for every row. Pure."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from latentd.v1 import bundle_pb2, generation_service_pb2
@@ -172,6 +172,35 @@ def score(
         draw_count=draw_count,
         log_prior=model.log_prior[classes] if summed else np.zeros(1),
     )
+
+
+def decoding_stage(
+    fields: Fields,
+    mode: generation_service_pb2.OutputMode.ValueType,
+    labels: NDArray[np.int64],
+    seed: int,
+    indices: NDArray[np.int64],
+    model: Wiring,
+) -> tuple[CallJob, str, str]:
+    """What decodes latents that there are not yet: the job without them, and the names of samples and latents."""
+    graph = model.graphs[Role.ROLE_DECODER]
+    output = _output(fields, mode, graph)
+    latent = graph.input(Source.SOURCE_LATENT)
+    assert latent is not None
+    values: Feeds = {Source.SOURCE_LATENT: np.empty(0, np.float32), Source.SOURCE_CLASS_LABEL: labels}
+    job = _job(model, graph, values, output.noise, seed, indices, [output.name, latent.name])
+    feeds = {name: feed for name, feed in job.feeds.items() if name != latent.name}
+    return replace(job, feeds=feeds), output.name, latent.name
+
+
+def encoding_stage(
+    samples: NDArray[np.float32], labels: NDArray[np.int64], seed: int, indices: NDArray[np.int64], model: Wiring
+) -> tuple[CallJob, str]:
+    """What encodes samples, [n, *sample] f32, to the mean of their posterior, and the name of that."""
+    graph = model.graphs[Role.ROLE_ENCODER]
+    mean = graph.outputs[Meaning.MEANING_LATENT_MEAN]
+    values: Feeds = {Source.SOURCE_SAMPLE: samples, Source.SOURCE_CLASS_LABEL: labels}
+    return _job(model, graph, values, Purpose.POSTERIOR, seed, indices, [mean]), mean
 
 
 @dataclass(frozen=True, slots=True)

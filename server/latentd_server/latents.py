@@ -17,6 +17,7 @@ from latentd_server.plans import OutputForm
 from latentd_server.wiring import Meaning, Model, Source, Wiring
 
 Role = bundle_pb2.Network
+_MUST_AGREE = ("data_type", "shape", "min_value", "max_value")
 OutputMode = generation_service_pb2.OutputMode
 
 
@@ -83,7 +84,7 @@ def problems(bundle: bundle_pb2.Bundle, decoder: Servable | None) -> list[str]:
     if list(other.latent_spec.shape) != list(model.latent_spec.shape):
         ours, theirs = list(model.latent_spec.shape), list(other.latent_spec.shape)
         found.append(f"its latents have the shape {ours}, those of {space.decoder} {theirs}")
-    if other.sample_spec != model.sample_spec:
+    if any(getattr(other.sample_spec, each) != getattr(model.sample_spec, each) for each in _MUST_AGREE):
         found.append(f"its sample_spec is not that of {space.decoder}")
     if Source.SOURCE_CODES in sources:
         found.append(f"{space.decoder} takes continuous codes, which a walk has none of")

@@ -67,6 +67,7 @@ class Sampling:
     samples: str  # the job's output that holds them
     latents: str | None  # and the latents, if there are any
     labels: Array | None  # [n] i64; None where the model has no classes
+    preview_form: "OutputForm | None" = None  # of previews, where these are latents of what samples are decoded from
 
 
 @dataclass(frozen=True, slots=True)

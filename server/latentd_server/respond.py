@@ -95,7 +95,7 @@ def preview(
     look.sample_indices.extend(event.lanes.tolist())
     look.completed_step_count = event.completed_steps
     look.total_step_count = event.total_steps
-    codec.pack(convert(event.estimates, plan.form), look.estimates)
+    codec.pack(convert(event.estimates, plan.preview_form or plan.form), look.estimates)
     return into
 
 

@@ -6,9 +6,10 @@ import numpy as np
 from latentd.v1 import bundle_pb2, generation_service_pb2
 from numpy.typing import NDArray
 
+from latentd_server import latents as spaces
 from latentd_server import noise, samplers
 from latentd_server.fields import MAX_INT32, Fields, has_label
-from latentd_server.job import Start, StepJob
+from latentd_server.job import Job, Start, StepJob, stages
 from latentd_server.options import Walk, read_guidance, read_walk, schedule_of
 from latentd_server.plans import Decoding, Denoising, Diffusing, Encoding, Limits, OutputForm, SampleHead, Sampling
 from latentd_server.schedules import CLEAN
@@ -28,7 +29,7 @@ def sample(
 ) -> tuple[Sampling, Walk]:
     """From noise, or from a noised start point, down to data."""
     fields.absent(request, ("temperature",), "", "this is a diffusion model, whose noise has a scale of its own")
-    _check_mean(fields, request.output_mode)
+    _check_mode(fields, request.output_mode, model)
     count = len(head.indices)
     graph = _denoiser(model)
     labels = fields.labels(request.condition, count, model, graph)
@@ -43,7 +44,7 @@ def sample(
     alpha, sigma = schedule.level(walk.visited[0])
     start = Start(noise_scale=sigma)
     if walk.start is not None:  # SDEdit, arXiv 2108.01073
-        start = Start(noise_scale=sigma, values=walk.start, scale=alpha)
+        start = Start(noise_scale=sigma, values=walk.start if model.decoder is None else None, scale=alpha)
     job = StepJob(
         model=model.name,
         lane_count=count,
@@ -56,17 +57,30 @@ def sample(
         guidance_interval=walk.guidance_interval,
         preview_interval=walk.preview_interval,
     )
-    _check_cost(fields, job, limits, "sample_count")
+    whole: Job = job
+    samples, latents = "sample", None
+    form, preview_form = head.form, None
+    if model.decoder is not None:
+        preview_form = spaces.form(fields, head.form, model, of_results=spaces.is_latent(request.output_mode))
+        if spaces.is_latent(request.output_mode):
+            form = preview_form
+        else:
+            job, samples, latents = spaces.decoded(fields, job, request.output_mode, model, head.seed)
+            whole = job
+        if walk.start is not None:
+            whole = spaces.encoded(fields, job, walk.start, model, "diffusion.start.samples")
+    _check_cost(fields, whole, limits, "sample_count")
     fields.check()
     head.resolved_request.diffusion.CopyFrom(walk.options)
     plan = Sampling(
-        job=job,
+        job=whole,
         resolved_request=head.resolved_request,
         determinism_class=head.determinism_class,
-        form=head.form,
-        samples="sample",
-        latents=None,
+        form=form,
+        samples=samples,
+        latents=latents,
         labels=labels if has_classes else None,
+        preview_form=preview_form,
     )
     return plan, walk
 
@@ -93,16 +107,17 @@ def encode(
         model=model.name,
         lane_count=len(samples),
         tables=(samplers.inversion(schedule_of(model), walk.timesteps),),
-        start=Start(noise_scale=0.0, values=samples),
+        start=Start(noise_scale=0.0, values=samples if model.decoder is None else None),
         seed=0,
         sample_indices=np.arange(len(samples), dtype=np.int64),
         labels=labels,
         guidance_scale=walk.guidance_scale,
         guidance_interval=walk.guidance_interval,
     )
-    _check_cost(fields, job, limits, "diffusion.step_count")
+    whole: Job = job if model.decoder is None else spaces.encoded(fields, job, samples, model, "samples")
+    _check_cost(fields, whole, limits, "diffusion.step_count")
     fields.check()
-    return Encoding(job, latents="sample")
+    return Encoding(whole, latents="sample")
 
 
 def diffuse(
@@ -113,6 +128,9 @@ def diffuse(
 ) -> Diffusing:
     """A draw from q(x_t | x0), without the network."""
     schedule = schedule_of(model)
+    if model.decoder is not None:
+        why = f"what is diffused is a latent of {model.decoder.name}, which its Encode gives"
+        fields.reject("forward_timestep", f"must be unset: {why}")
     why = "forward_timestep draws from q(x_t | x0), which takes no network"
     fields.absent(request, ("condition", "diffusion"), "", why)
     timestep = fields.integer(request.forward_timestep, "forward_timestep", 0, schedule.timestep_count - 1)
@@ -134,7 +152,7 @@ def decode(
     limits: Limits,
 ) -> Decoding:
     """From given x_t at the first timestep down to data; DDIM without fresh noise unless asked otherwise."""
-    _check_mean(fields, request.output_mode)
+    _check_mode(fields, request.output_mode, model)
     _check_not_sampling(fields, request.diffusion)
     graph = _denoiser(model)
     count = None if latents is None else len(latents)
@@ -160,9 +178,14 @@ def decode(
     )
     if job.tables[0].stochastic.any() and not request.HasField("seed"):
         fields.reject("seed", f"must be set: {walk.sampler} draws fresh noise at every step")
+    name = "sample"
+    if spaces.is_latent(request.output_mode) and model.decoder is not None:
+        form = spaces.form(fields, form, model, of_results=True)
+    elif model.decoder is not None:
+        job, name, _ = spaces.decoded(fields, job, request.output_mode, model, request.seed)
     _check_cost(fields, job, limits, "diffusion.step_count")
     fields.check()
-    return Decoding(job, form, samples="sample")
+    return Decoding(job, form, samples=name)
 
 
 def denoise_step(
@@ -171,7 +194,7 @@ def denoise_step(
     """One evaluation at the caller's x_t and, where asked, one step of DDIM(eta)."""
     schedule = schedule_of(model)
     last = schedule.timestep_count - 1
-    states = fields.rows(request.noisy_samples, "noisy_samples", model.sample, limits.max_samples, is_sample=False)
+    states = fields.rows(request.noisy_samples, "noisy_samples", model.state, limits.max_samples, is_sample=False)
     count = None if states is None else len(states)
     currents = _per_row(fields, request.timesteps, "timesteps", count, 0, last)
     followings: list[int] | list[None] = [None] * len(currents)
@@ -255,8 +278,11 @@ def _check_downward(fields: Fields, currents: Sequence[int], followings: Sequenc
                 return
 
 
-def _check_mean(fields: Fields, mode: generation_service_pb2.OutputMode.ValueType) -> None:
-    if mode not in (generation_service_pb2.OUTPUT_MODE_UNSPECIFIED, generation_service_pb2.OUTPUT_MODE_MEAN):
+def _check_mode(fields: Fields, mode: generation_service_pb2.OutputMode.ValueType, model: Wiring) -> None:
+    if model.decoder is None and mode not in (
+        generation_service_pb2.OUTPUT_MODE_UNSPECIFIED,
+        generation_service_pb2.OUTPUT_MODE_MEAN,
+    ):
         fields.reject("output_mode", "must be unset or MEAN: a diffusion model's walk ends in the sample itself")
 
 
@@ -265,11 +291,12 @@ def _check_not_sampling(fields: Fields, options: generation_service_pb2.Diffusio
     fields.absent(options, ("start", "preview_interval_steps"), "diffusion.", why)
 
 
-def _check_cost(fields: Fields, job: StepJob, limits: Limits, path: str) -> None:
-    cost = job.lane_count * job.evaluations_per_lane
+def _check_cost(fields: Fields, job: Job, limits: Limits, path: str) -> None:
+    each = sum(stage.evaluations_per_lane for stage in stages(job))
+    cost = job.lane_count * each
     if cost > limits.max_evaluations:
         fields.reject(
             path,
-            f"{job.lane_count} samples of {job.evaluations_per_lane} evaluations each make {cost}; "
+            f"{job.lane_count} samples of {each} evaluations each make {cost}; "
             f"at most {limits.max_evaluations} are allowed in one request",
         )

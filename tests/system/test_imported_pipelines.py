@@ -42,6 +42,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 SEED, COUNT, STEPS = 11, 3, 10  # diffusers steps by T // STEPS, which must divide
 TOLERANCE = 1e-4  # relative to the largest value where that is above 1
+TRAILED = {"timestep_spacing": "trailing"}
+TRAILING = range(99, -1, -10)  # the timesteps of STEPS such steps
 DRAWING = (scheduling_ddpm, scheduling_dpmsolver_multistep, scheduling_euler_ancestral_discrete)
 
 
@@ -221,10 +223,28 @@ def test_the_pipeline_of_pixels_is_the_served_one(
     assert_close((served.array / 2 + 0.5).clip(0, 1), images.numpy())
 
 
-def test_a_latent_pipeline_is_two_models(
+def test_the_pipeline_of_latents_is_one_call(
     server: Running, pipelines: dict[str, Any], tape: Callable[..., Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Samples of the one are the latents of LDMPipeline's loop, and the other decodes and encodes on their scale."""
+    """LDMPipeline itself gives the images that one Sample gives; it knows of no shift, so that is undone for it."""
+    pipeline = pipelines["latents"]
+    drawn, decode = tape(4, 8, 8), pipeline.vqvae.decode
+    sigma = (1 - pipeline.scheduler.alphas_cumprod[TRAILING[0]]).sqrt()
+    monkeypatch.setattr(sys.modules[LDMPipeline.__module__], "randn_tensor", lambda *_, **__: sigma * drawn.start())
+    monkeypatch.setattr(pipeline.vqvae, "decode", lambda latents, **options: decode(latents + 0.1, **options))
+    monkeypatch.setattr(pipeline, "scheduler", DDIMScheduler.from_config(pipeline.scheduler.config, **TRAILED))
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=COUNT, num_inference_steps=STEPS, output_type="np").images
+    with Client(server.target) as client:
+        assert client.model("latents").sample_shape == (3, 16, 16)
+        served = client.sample("latents", COUNT, seed=SEED, steps=STEPS)
+    assert_close((served.array / 2 + 0.5).clip(0, 1), images.transpose(0, 3, 1, 2))
+
+
+def test_a_latent_pipeline_is_two_models(server: Running, pipelines: dict[str, Any], tape: Callable[..., Tape]) -> None:
+    """One call gives the latents of the pipeline's loop, and the images; the other model decodes and encodes on their
+    scale, and encodes images to start from.
+    """
     pipeline = pipelines["latents"]
     autoencoder, scheduler = pipeline.vqvae, pipeline.scheduler
     scheduler.set_timesteps(STEPS)
@@ -233,11 +253,15 @@ def test_a_latent_pipeline_is_two_models(
         image = autoencoder.decode(torch.from_numpy(expected) / 0.7 + 0.1).sample.clamp(-1, 1)
         posterior = autoencoder.encode(image).latent_dist
     with Client(server.target) as client:
-        latents = client.sample("latents", COUNT, seed=SEED, timesteps=whole(scheduler)).array
-        decoded = client.decode("latents-vae", latents).array
+        samples = client.sample("latents", COUNT, seed=SEED, timesteps=whole(scheduler))
+        assert samples.latents is not None
+        decoded = client.decode("latents-vae", samples.latents).array
+        begun = client.sample("latents", COUNT, seed=SEED, steps=STEPS, start=image.numpy(), strength=0.5)
         encoded = client.encode("latents-vae", image.numpy())
-    assert_close(latents, expected)
+    assert_close(samples.latents, expected)
+    assert np.array_equal(samples.array, decoded)
     assert_close(decoded.clip(-1, 1), image.numpy())
+    assert begun.array.shape == image.shape
     assert encoded.mean is not None
     assert encoded.log_variance is not None
     assert_close(encoded.mean, ((posterior.mean - 0.1) * 0.7).numpy())

@@ -223,7 +223,7 @@ def autoencoder(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_an_autoencoder_becomes_a_bundle_beside(kind: str, tmp_path: Path) -> None:
-    """NAME-vae encodes and decodes latents of the shape of NAME's samples, and NAME's record names it."""
+    """NAME-vae encodes and decodes what NAME walks over, and NAME's bundle names it: its samples are images."""
     torch.manual_seed(0)
     network = unet(in_channels=2, out_channels=2)
     pipeline = LDMPipeline(autoencoder(kind), network, DDIMScheduler(num_train_timesteps=20, clip_sample=False))
@@ -232,8 +232,9 @@ def test_an_autoencoder_becomes_a_bundle_beside(kind: str, tmp_path: Path) -> No
     assert model.name == "own-vae@1"
     assert (list(model.sample_spec.shape), list(model.latent_spec.shape)) == ([1, 8, 8], [2, 4, 4])
     assert set(model.methods) == {model_pb2.Model.METHOD_ENCODE, model_pb2.Model.METHOD_DECODE}
-    assert list(server_bundle.read(diffusion).message.model.sample_spec.shape) == [2, 4, 4]
-    assert bundles.read_record(diffusion)["latents_of"] == "own-vae@1"
+    walked = server_bundle.read(diffusion).message.model
+    assert (walked.sample_spec, list(walked.latent_spec.shape)) == (model.sample_spec, [2, 4, 4])
+    assert (walked.latent_space.decoder, walked.latent_space.decoder_digest) == (model.name, model.digest)
 
 
 def index(folder: Path, **parts: Any) -> Path:

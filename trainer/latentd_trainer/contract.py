@@ -119,6 +119,11 @@ def _class_violations(model: model_pb2.Model) -> list[str]:
     return found
 
 
+def state_spec(model: model_pb2.Model) -> model_pb2.TensorSpec:
+    """What a denoiser walks over: latents of another model, or samples."""
+    return model.latent_spec if model.HasField("latent_space") else model.sample_spec
+
+
 def _method_violations(bundle: bundle_pb2.Bundle) -> list[str]:
     found = []
     roles = {network.role for network in bundle.networks}
@@ -146,7 +151,7 @@ def _network_violations(network: bundle_pb2.Network, model: model_pb2.Model) -> 
     for entry in network.inputs:
         if entry.source not in ALLOWED_SOURCES[network.role]:
             found.append(f"input {entry.name!r}: {_source(entry.source)} has no place here")
-        elif expected := _input_mismatch(entry, model):
+        elif expected := _input_mismatch(entry, network.role, model):
             found.append(
                 f"input {entry.name!r}: {_source(entry.source)} must be {expected}, got {_describe(entry.spec)}"
             )
@@ -189,14 +194,15 @@ def _meaning_violations(role: int, sources: Counter[int], meanings: Counter[int]
     return [] if sum(meanings.values()) == 1 else [f"outputs: must be exactly one, got {sum(meanings.values())}"]
 
 
-def _input_mismatch(entry: bundle_pb2.NetworkInput, model: model_pb2.Model) -> str:
+def _input_mismatch(entry: bundle_pb2.NetworkInput, role: int, model: model_pb2.Model) -> str:
     """What this input should be, if it is not that."""
     if entry.source in (Source.SOURCE_TIMESTEP, Source.SOURCE_CLASS_LABEL):
         if entry.source == Source.SOURCE_CLASS_LABEL and not model.class_names:
             return "absent: the model names no classes"
         return _mismatch(entry.spec, tensor_pb2.DATA_TYPE_INT64, [])
+    state = state_spec(model) if role == Role.ROLE_DENOISER else model.sample_spec
     shape = {
-        Source.SOURCE_SAMPLE: list(model.sample_spec.shape),
+        Source.SOURCE_SAMPLE: list(state.shape),
         Source.SOURCE_LATENT: list(model.latent_spec.shape),
     }.get(entry.source)
     if entry.source == Source.SOURCE_LATENT and not model.HasField("latent_spec"):
@@ -213,6 +219,8 @@ def _output_mismatch(result: bundle_pb2.NetworkOutput, model: model_pb2.Model) -
         shape = [len(model.class_names)]
     elif result.meaning in ALLOWED_MEANINGS[Role.ROLE_ENCODER]:
         shape = list(model.latent_spec.shape)
+    elif result.meaning == Meaning.MEANING_PREDICTION:
+        shape = list(state_spec(model).shape)
     else:
         shape = list(model.sample_spec.shape)
     return _mismatch(result.spec, tensor_pb2.DATA_TYPE_FLOAT32, shape)
@@ -228,7 +236,8 @@ def _diffusion_violations(bundle: bundle_pb2.Bundle) -> list[str]:
     denoiser = next((network for network in bundle.networks if network.role == Role.ROLE_DENOISER), None)
     model = bundle.model
     if denoiser is None:
-        return ["model.diffusion: given, but no graph is a denoiser"] if model.HasField("diffusion") else []
+        found = ["model.latent_space: given, but no graph is a denoiser"] if model.HasField("latent_space") else []
+        return found + (["model.diffusion: given, but no graph is a denoiser"] if model.HasField("diffusion") else [])
     if not model.HasField("diffusion"):
         return ["model.diffusion: must be given, as there is a denoiser"]
     spec = model.diffusion
@@ -242,9 +251,32 @@ def _diffusion_violations(bundle: bundle_pb2.Bundle) -> list[str]:
         found.append(f"default_step_count: must be 1 to {len(spec.alphas)}, got {spec.default_step_count}")
     if spec.guidance_supported and not any(entry.source == Source.SOURCE_CLASS_LABEL for entry in denoiser.inputs):
         found.append("guidance_supported: needs a denoiser that takes a class label")
+    found = [f"model.diffusion.{violation}" for violation in found]
+    if model.HasField("latent_space"):
+        return found + _space_violations(model)
     if list(model.latent_spec.shape) != list(model.sample_spec.shape):
-        found.append("latent_spec: must have the shape of sample_spec, as x_T is the latent")
-    return [f"model.diffusion.{violation}" for violation in found]
+        found.append("model.latent_spec: must have the shape of sample_spec, as x_T is the latent")
+    return found
+
+
+def _space_violations(model: model_pb2.Model) -> list[str]:
+    space, latent, found = model.latent_space, model.latent_spec, []
+    try:
+        versioned = names.parse_reference(space.decoder).version > 0
+    except ValueError:
+        versioned = False
+    if not versioned:
+        found.append(f"decoder: must be NAME@VERSION, got {space.decoder!r}")
+    if model.diffusion.clip_denoised and not latent.min_value < latent.max_value:
+        found.append("estimates are clipped, so model.latent_spec must have a range")
+    for name, values in (("scales", space.scales), ("shifts", space.shifts)):
+        if len(values) not in (0, 1, *latent.shape[:1]) or not all(math.isfinite(value) for value in values):
+            found.append(f"{name}: must be one finite value, or one for each extent of latent_spec's first axis")
+    if not all(space.scales):
+        found.append("scales: must not be 0")
+    if model_pb2.Model.METHOD_SCORE in model.methods:
+        found.append("a bound on ln p(latent) is none on ln p(sample), so Score cannot be among the methods")
+    return [f"model.latent_space: {text}" for text in found]
 
 
 def schedule_violations(spec: model_pb2.DiffusionSpec) -> list[str]:

@@ -242,6 +242,11 @@ def load_weights(spec: ServingSpec, tensors: Mapping[str, torch.Tensor]) -> None
 
 def declare(spec: ServingSpec, origin: Origin, reference: str) -> bundle_pb2.Bundle:
     """The bundle's message, all but the digests of its files."""
+    names_of_classes, probabilities = (
+        (origin.class_names, origin.class_probabilities) if spec.class_conditional else ((), ())
+    )
+    if spec.own_classes:
+        names_of_classes, probabilities = spec.own_classes, [1 / len(spec.own_classes)] * len(spec.own_classes)
     low, high = spec.sample_range
     latent_low, latent_high = spec.latent_range or (0.0, 0.0)
     model = model_pb2.Model(
@@ -250,9 +255,10 @@ def declare(spec: ServingSpec, origin: Origin, reference: str) -> bundle_pb2.Bun
         methods=spec.methods,
         sample_spec=_tensor_spec(spec.sample_shape, low=low, high=high),
         latent_spec=_tensor_spec(spec.latent_shape, low=latent_low, high=latent_high) if spec.latent_shape else None,
-        class_names=origin.class_names if spec.class_conditional else (),
-        class_probabilities=origin.class_probabilities if spec.class_conditional else (),
+        class_names=names_of_classes,
+        class_probabilities=probabilities,
         diffusion=spec.diffusion,
+        latent_space=spec.latent_space,
         card=model_pb2.ModelCard(
             description=spec.description,
             license=origin.license,

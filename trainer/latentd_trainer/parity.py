@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from latentd_trainer import chains
+from latentd_trainer.contract import state_spec
 from latentd_trainer.onnx_graph import GraphError, describe
 from latentd_trainer.spec import Meaning, Source
 
@@ -193,7 +194,7 @@ def chain_deviation(
     beyond the range of samples, and rounding grows with them.
     """
     feeds = random_rows(network, 16)
-    clean = model.sample_spec
+    clean = state_spec(model)
     start = np.random.default_rng(2).standard_normal((16, *clean.shape), np.float32)
     runs: tuple[Run, Run] = (lambda rows: run_onnx(session, rows), lambda rows: run_torch(module, rows))
     ours, theirs = (

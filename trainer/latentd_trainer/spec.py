@@ -71,7 +71,9 @@ class ServingSpec:
     diffusion: model_pb2.DiffusionSpec | None = None
     sample_range: tuple[float, float] = field(default=(-1.0, 1.0))
     latent_range: tuple[float, float] | None = None  # (0, 1) where the prior is U[0, 1); else it is N(0, 1)
+    latent_space: model_pb2.LatentSpace | None = None  # whose latents, of `latent_shape`, a denoiser walks over
     class_conditional: bool = True  # whether the model knows the data's classes
+    own_classes: Sequence[str] = ()  # names of classes, equally likely, that it has in place of the data's
     likelihood: Likelihood | None = None  # what is known of ln p(sample), or why nothing is; else what the graphs tell
     answers: Mapping[model_pb2.Model.Method.ValueType, str] = field(default_factory=dict)
     """What methods answer, or why they do not, where the graphs do not tell it (`card.complete`)."""

@@ -1,12 +1,12 @@
 """Pipelines that diffusers has saved, as bundles: a UNet2DModel with its scheduler, and an autoencoder if there is one.
 
-A latent diffusion pipeline becomes two bundles. The samples of NAME are latents of NAME-vae, on the same scale, and the
-record of NAME says so (`latents_of`), for whoever joins the two.
+A latent diffusion pipeline becomes two bundles. NAME walks over latents of NAME-vae, on the very scale of these, and
+its bundle says so (`Model.latent_space`), so that one call to a server gives images.
 """
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 from latentd.v1 import model_pb2, tensor_pb2
 
+from latentd_trainer import bundle as bundles
 from latentd_trainer import export, licenses
 from latentd_trainer.importers import ImportingError, diffusers_schedulers
 from latentd_trainer.importers.diffusers_networks import Denoiser, LatentDecoder, LatentEncoder
@@ -25,8 +26,6 @@ from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, 
 INDEX = "model_index.json"
 _AUTOENCODERS = ("AutoencoderKL", "VQModel")
 _AUTOENCODER_PARTS = ("vae", "vqvae")
-_LATENT_BOUND = 5.0
-"""Latents have no bounds; their scale gives them about unit variance, so that few are beyond."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,17 @@ def run(
         dataset_license=wishes.data_license,
     )
     record: dict[str, Any] = {"imported": "diffusers", "diffusers": diffusers.__version__, "parts": parts}
-    written = []
+    written: list[Path] = []
+    other: ServingSpec | None = None
     package = partial(export.package, models=models, version=version, replace=replace)
     if autoencoder is not None:
-        spec = _autoencoder_spec(autoencoder, shape)
+        other = _autoencoder_spec(autoencoder, shape)
         name = f"{wishes.name}-vae"
-        written.append(package(spec, origin(class_names=(), record=record), name=name))
-        record = record | {"latents_of": f"{name}@{written[0].name}"}
+        written.append(package(other, origin(class_names=(), record=record), name=name))
     denoiser = Denoiser(unet, len(walk.spec.alphas), wishes.unconditional_class)
-    spec = _denoiser_spec(denoiser, walk, shape, latent=autoencoder is not None)
+    spec = _denoiser_spec(denoiser, walk, shape)
+    if other is not None:
+        spec = _over_latents(spec, other, bundles.read(written[0]).model)
     whole = record | {"notes": walk.notes}
     written.append(package(spec, origin(class_names=classes, record=whole), name=wishes.name))
     return written, walk.notes
@@ -203,9 +204,7 @@ def _shape(unet: Any, wishes: Wishes) -> tuple[int, int, int]:
     return unet.config.in_channels, height, width
 
 
-def _denoiser_spec(
-    denoiser: Denoiser, walk: diffusers_schedulers.Walk, shape: tuple[int, int, int], latent: bool
-) -> ServingSpec:
+def _denoiser_spec(denoiser: Denoiser, walk: diffusers_schedulers.Walk, shape: tuple[int, int, int]) -> ServingSpec:
     label = GraphInput("label", Source.SOURCE_CLASS_LABEL, (), tensor_pb2.DATA_TYPE_INT64)
     graph = Graph(
         role=Role.ROLE_DENOISER,
@@ -218,7 +217,7 @@ def _denoiser_spec(
         outputs=(GraphOutput("prediction", Meaning.MEANING_PREDICTION, shape),),
     )
     walk.spec.guidance_supported = denoiser.unconditional_class is not None
-    bound = walk.clip_range or (_LATENT_BOUND if latent else 1.0)
+    bound = walk.clip_range or 1.0
     return ServingSpec(
         family=model_pb2.Model.FAMILY_DIFFUSION,
         graphs=(graph,),
@@ -230,14 +229,27 @@ def _denoiser_spec(
         ),
         sample_shape=shape,
         latent_shape=shape,
-        description="Denoising diffusion model, imported from a diffusers pipeline"
-        + (", whose samples are latents of its autoencoder." if latent else "."),
-        reference_uri="https://arxiv.org/abs/2112.10752" if latent else "https://arxiv.org/abs/2006.11239",
+        description="Denoising diffusion model, imported from a diffusers pipeline.",
+        reference_uri="https://arxiv.org/abs/2006.11239",
         diffusion=walk.spec,
         likelihood=no_likelihood(
             "A variational bound could be summed over all timesteps; the import does not say of what."
         ),
         sample_range=(-bound, bound),
+    )
+
+
+def _over_latents(spec: ServingSpec, autoencoder: ServingSpec, served: model_pb2.Model) -> ServingSpec:
+    """What walks over latents of an autoencoder, whose graphs hold scale and shift; only clipping gives latents bounds."""
+    return replace(
+        spec,
+        sample_shape=autoencoder.sample_shape,
+        sample_range=autoencoder.sample_range,
+        latent_range=spec.sample_range if spec.diffusion is not None and spec.diffusion.clip_denoised else None,
+        latent_space=model_pb2.LatentSpace(decoder=served.name, decoder_digest=served.digest),
+        description="Latent diffusion model, imported from a diffusers pipeline.",
+        reference_uri="https://arxiv.org/abs/2112.10752",
+        likelihood=no_likelihood("A bound on ln p(latent) could be summed; it is none on ln p(sample)."),
     )
 
 
