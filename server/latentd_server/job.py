@@ -24,7 +24,6 @@ from latentd.v1 import bundle_pb2, model_pb2
 from numpy.typing import NDArray
 
 from latentd_server.bound_terms import BoundTerms
-from latentd_server.bound_terms import BoundTerms
 from latentd_server.noise import Purpose
 from latentd_server.samplers import Table
 from latentd_server.schedules import Schedule
