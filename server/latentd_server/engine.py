@@ -24,6 +24,7 @@ from latentd.v1 import bundle_pb2
 from latentd_server.admission import Admission, Bounds
 from latentd_server.courses import Course
 from latentd_server.failures import DeadlineError, DrainingError, RuntimeFailureError, ServingError
+from latentd_server.handover import Command, HandOver
 from latentd_server.job import Array, Cost, Event, Failed, Finished, Job, Preview, StepJob, stages
 from latentd_server.lookahead import Lookahead
 from latentd_server.points import Points
@@ -124,10 +125,10 @@ class Engine:
         bounds = Bounds(max_backlog, max_model_backlog or max_backlog, max_caller_backlog or max_backlog)
         self._admission = Admission(bounds, max_rows, caller_weights)  # both sides' own, under the lock
         self._admission_lock = threading.Lock()
-        self._untold: list[Callable[[], None] | None] = []
         self._leavers: set[int] = set()  # cancelled, and still on the books; both sides' own
+        self._commands: queue.SimpleQueue[list[Command]] = queue.SimpleQueue()
+        self._hand_over = HandOver(self._loop, clock, self._commands)
         # From here on: the device thread's own.
-        self._commands: queue.SimpleQueue[list[Callable[[], None] | None]] = queue.SimpleQueue()
         self._runners: dict[GraphKey, Runner] = {}
         self._newcomers: list[tuple[dict[GraphKey, Runner], bool]] = []  # not yet among them
         self._scheduler = Scheduler(max_rows, caller_weights)
@@ -185,7 +186,8 @@ class Engine:
         self._sinks[job_id] = sink
         self._models[job_id] = {stage.model for stage in stages(job)}
         self._idle.clear()
-        self._tell(lambda: self._admit(job_id, job, caller, priority, now, deadline))
+        admit = partial(self._admit, job_id, job, caller, priority, now, deadline)
+        self._hand_over.submit(admit, alone=len(self._sinks) == 1)
         return job_id
 
     def check_room(self, model: str, caller: str, evaluations: int) -> None:
@@ -203,7 +205,7 @@ class Engine:
         """Give a job up: its lanes ride in no later batch and its sink hears no more."""
         if self._forget_sink(job_id):
             self._leavers.add(job_id)
-            self._tell(lambda: self._drop(job_id))
+            self._hand_over.tell(lambda: self._drop(job_id))
 
     def pause(self, job_id: int) -> None:
         """Let a job's lanes sit out until `resume`; its deadline goes on."""
@@ -216,7 +218,7 @@ class Engine:
     def _pause(self, job_id: int, paused: bool) -> None:
         with self._admission_lock:
             self._admission.pause(job_id, paused)
-        self._tell(lambda: self._sit_out(job_id, paused))
+        self._hand_over.tell(lambda: self._sit_out(job_id, paused))
 
     def drain(self) -> None:
         """Refuse new work from now on; what was accepted is finished."""
@@ -233,30 +235,16 @@ class Engine:
 
     def attach(self, runners: dict[GraphKey, Runner], *, promise: bool = False) -> None:
         """Take over the graphs of a model that is about to be served; `promise` is whether its bytes are checked."""
-        self._tell(lambda: self._newcomers.append((runners, promise)))
+        self._hand_over.tell(lambda: self._newcomers.append((runners, promise)))
 
     def detach(self, model: str) -> None:
         """Let go of a model's graphs; its last job must be over."""
-        self._tell(lambda: self._let_go(model))
+        self._hand_over.tell(lambda: self._let_go(model))
 
     async def close(self) -> None:
         """Stop the device thread after the batch under way. Unfinished jobs are not told."""
-        self._tell(None)
+        self._hand_over.tell(None)
         await asyncio.to_thread(self._thread.join)
-
-    def _tell(self, command: Callable[[], None] | None) -> None:
-        """Have the device thread do something; None ends it.
-
-        What one turn of the event loop asks for is handed over together: requests that arrive in one go then ride in
-        one batch, and the thread is woken once.
-        """
-        if not self._untold:
-            self._loop.call_soon(self._hand_over)
-        self._untold.append(command)
-
-    def _hand_over(self) -> None:
-        commands, self._untold = self._untold, []
-        self._commands.put(commands)
 
     def _forget_sink(self, job_id: int) -> bool:
         known = self._sinks.pop(job_id, None) is not None
@@ -320,6 +308,7 @@ class Engine:
                             self._self_check.step(self._runners, self._clock())
                         continue
                 self._scheduler.depart(flight.batch, flight.expected_s)
+                self._hand_over.calls_are_short = flight.expected_s <= SHORTEST_S
                 if flight.expected_s <= max(SHORTEST_S, WORTH_HIDING * self._host_s.get(flight.batch.key, 0.0)):
                     if landing is not None:
                         self._land(landing)

@@ -19,12 +19,13 @@ import numpy as np
 import onnxruntime
 from latentd.v1 import bundle_pb2
 
-from tests.bench import bare, bundles
+from tests.bench import bare, bundles, naive
 from tests.bench.load import STEPS
 from tests.bench.served import Server, drive, server
 
 VAE, DIFFUSION = "digits-vae", "digits-diffusion"
 DEFAULT_ROWS = 32
+NAIVE = ("decode", bundles.TINY_VAE)  # the load that plain handlers get too
 
 
 class Cell(NamedTuple):
@@ -136,6 +137,23 @@ def _by_steps(latencies_ms: dict[int, float]) -> str:
     return ", ".join(f"{steps} steps {each:.0f} ms" for steps, each in latencies_ms.items())
 
 
+def compare_naive(measured: list[dict[str, Any]], models: Path, threads: int, seconds: float) -> dict[str, Any]:
+    """Server CPU of a unary Decode of one row, against a plain grpc.aio handler that calls the network itself, and one
+    that does nothing at all.
+    """
+    own = next(cell for cell in measured if (cell["load"], cell["model"]) == NAIVE)
+    in_flight = own["in_flight"]
+    found: dict[str, Any] = {}
+    print(f"\nserver CPU of a unary Decode, 1 row of {own['model']}, {in_flight} in flight:")
+    for name, empty in (("naive", False), ("empty", True)):
+        with naive.server(models / own["model"] / "1", threads, empty=empty) as to:
+            each = drive(to, own["load"], own["model"], in_flight, seconds)["server_cpu_us_per_request"]
+        found[name] = {"server_cpu_us_per_request": each, "ratio": own["server_cpu_us_per_request"] / each}
+        text = "a handler that runs the network" if name == "naive" else "a handler that does nothing"
+        print(f"  {text:<33}{each:>6,.0f} us; latentd takes {found[name]['ratio']:.2f} of that")
+    return found
+
+
 def rest(to: Server) -> dict[str, float]:
     """What a server costs that has nothing to do."""
     before = to.cpu_s
@@ -192,6 +210,8 @@ def main() -> int:
                     report["rest"] = rest(to)
                 own = [cell for cell in cells if cell.max_rows == max_rows]
                 report["cells"] += run(to, own, rates, options.seconds)
+        if any((cell.kind, cell.model) == NAIVE for cell in cells):
+            report["naive"] = compare_naive(report["cells"], models, options.threads, options.seconds)
         report["bare"] = {name: asdict(rate) for name, rate in rates.items()}
         if any(cell.model == DIFFUSION and cell.in_flight == DEFAULT_ROWS for cell in cells):
             report["latency"] = compare_latencies(report["cells"], models, options.threads, options.seconds)

@@ -22,7 +22,7 @@ class Server:
     """A server on loopback."""
 
     address: str
-    http: str
+    http: str  # of its metrics; empty for a server that has none
     pid: int
     start_up_s: float  # from the start of the process to SERVING
 
@@ -38,11 +38,13 @@ class Server:
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
 
     def counted(self, model: str) -> dict[str, float]:
-        """Totals of the batches of a model, over its graphs, by the name of the sample."""
-        with urllib.request.urlopen(f"http://{self.http}/metrics", timeout=30) as response:
-            text = response.read().decode()
+        """Totals of the batches of a model, over its graphs, by the name of the sample; zeros if it keeps none."""
         wanted = ("latentd_evaluations_total", "latentd_batch_rows_sum", "latentd_batch_rows_count")
         totals = dict.fromkeys(wanted, 0.0)
+        if not self.http:
+            return totals
+        with urllib.request.urlopen(f"http://{self.http}/metrics", timeout=30) as response:
+            text = response.read().decode()
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name in totals and sample.labels["model"].partition("@")[0] == model:

@@ -10,6 +10,7 @@ from bundles import write_diffusion, write_vae
 
 ROOT = Path(__file__).parents[2]
 CELLS = [
+    "decode:tiny-vae:32",
     "decode-16:generator:32",
     "stream-decode:tiny-vae:32",
     "sample-256:digits-vae:1",
@@ -46,6 +47,7 @@ def test_the_benchmark_gives_a_ratio_for_every_cell(tmp_path: Path) -> None:
         assert row[4] == f"{cell['ratio']:.2f}"
     assert all(bare["per_second"] > 0 for bare in report["bare"].values())
     assert report["latency"]["stream-mix"]["ratio_of_shortest"] > 0
+    assert all(math.isfinite(each["ratio"]) and each["ratio"] > 0 for each in report["naive"].values())
     assert report["rest"]["start_up_s"] > 0
 
 

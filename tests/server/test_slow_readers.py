@@ -80,7 +80,7 @@ async def test_a_reader_that_stops_gives_its_backlog_back(open_call: Any, runnin
         answers = await read_to_the_end(neighbour.Sample(pb.SampleRequest(model="tiny-vae", sample_count=500)))
         assert sum(len(answer.result.sample_indices) for answer in answers) == 500  # type: ignore[attr-defined]
 
-        await until(lambda: running.engine.queue_depth == 0)
+        await until(lambda: not running.engine.queue_depth and not running.engine.backlog)
         exposition = running.door.metrics.exposition().decode()
         assert "latentd_backlog_evaluations 0.0" in exposition
         assert counted in exposition

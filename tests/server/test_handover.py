@@ -1,0 +1,139 @@
+"""The hand-over from the event loop to the device thread."""
+
+import asyncio
+import queue
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from latentd_server.handover import LONELY, LONGEST_S, QUIET_TURNS, Command, HandOver
+
+
+class Loop:
+    """Turns when it is told to; `call_soon` is all there is of an event loop."""
+
+    def __init__(self) -> None:
+        self._soon: deque[Callable[[], None]] = deque()
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self._soon.append(callback)
+
+    def turn(self) -> None:
+        for _ in range(len(self._soon)):
+            self._soon.popleft()()
+
+    @property
+    def resting(self) -> bool:
+        return not self._soon
+
+
+class Scene:
+    """A hand-over with short calls, a loop and a clock of its own."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.loop = Loop()
+        self._queue: queue.SimpleQueue[list[Command]] = queue.SimpleQueue()
+        self.hand_over = HandOver(cast(asyncio.AbstractEventLoop, self.loop), lambda: self.now_s, self._queue)
+        self.hand_over.calls_are_short = True
+
+    def taken(self) -> list[list[Any]]:
+        lists: list[list[Any]] = []
+        while not self._queue.empty():
+            lists.append(self._queue.get())
+        return lists
+
+    def turns(self, count: int) -> None:
+        for _ in range(count):
+            self.loop.turn()
+
+
+@pytest.fixture
+def scene() -> Scene:
+    """Nothing has been asked for yet."""
+    return Scene()
+
+
+def command() -> Command:
+    """One that can be told from others."""
+    return lambda: None
+
+
+def test_jobs_that_follow_each_other_closely_ride_together(scene: Scene) -> None:
+    """Overlapping jobs of short calls are handed over when none has come for so many turns, not before."""
+    commands = [command() for _ in range(5)]
+    for each in commands:
+        scene.hand_over.submit(each, alone=False)
+        scene.turns(QUIET_TURNS // 2)
+        assert not scene.taken()
+    scene.turns(QUIET_TURNS + 1)
+    assert scene.taken() == [commands]
+    assert scene.loop.resting
+
+
+def test_no_job_waits_longer_than_the_bound(scene: Scene) -> None:
+    """Jobs that never stop coming do not hold back the first."""
+    scene.hand_over.submit(command(), alone=False)
+    scene.turns(1)
+    scene.now_s += LONGEST_S
+    scene.hand_over.submit(command(), alone=False)
+    scene.turns(1)
+    assert [len(each) for each in scene.taken()] == [2]
+
+
+def test_long_calls_are_not_waited_for(scene: Scene) -> None:
+    """Where calls are long a job is handed over at the end of the turn it came in, with all that came in it."""
+    scene.hand_over.calls_are_short = False
+    scene.hand_over.submit(command(), alone=False)
+    scene.hand_over.submit(command(), alone=False)
+    scene.turns(1)
+    assert [len(each) for each in scene.taken()] == [2]
+
+
+def test_a_caller_that_is_alone_waits_for_nobody(scene: Scene) -> None:
+    """After some jobs one after another each is handed over at once, until two overlap."""
+    for _ in range(LONELY):
+        scene.hand_over.submit(command(), alone=True)
+        scene.turns(QUIET_TURNS + 2)
+    scene.taken()
+    scene.hand_over.submit(command(), alone=True)
+    scene.turns(1)
+    assert [len(each) for each in scene.taken()] == [1]
+    scene.hand_over.submit(command(), alone=False)
+    scene.turns(1)
+    assert not scene.taken()
+
+
+def test_a_cancel_is_not_kept_waiting(scene: Scene) -> None:
+    """What is no job goes at the end of the turn and takes along what waited before it, in order."""
+    job, cancel = command(), command()
+    scene.hand_over.submit(job, alone=False)
+    scene.turns(3)
+    scene.hand_over.tell(cancel)
+    scene.turns(1)
+    assert scene.taken() == [[job, cancel]]
+
+
+@given(st.lists(st.sampled_from(["job", "lonely job", "tell", "turn", "late", "short", "long"]), max_size=80))
+def test_nothing_is_lost_and_order_is_kept(acts: list[str]) -> None:
+    """Whatever happens, every command comes out once, in order, and then the loop is left in peace."""
+    scene, asked = Scene(), []
+    for act in acts:
+        if act in {"job", "lonely job", "tell"}:
+            asked.append(command())
+            if act == "tell":
+                scene.hand_over.tell(asked[-1])
+            else:
+                scene.hand_over.submit(asked[-1], alone=act == "lonely job")
+        elif act == "late":
+            scene.now_s += LONGEST_S / 3
+        elif act == "turn":
+            scene.turns(1)
+        else:
+            scene.hand_over.calls_are_short = act == "short"
+    scene.turns(2 * QUIET_TURNS)
+    assert [each for commands in scene.taken() for each in commands] == asked
+    assert scene.loop.resting
