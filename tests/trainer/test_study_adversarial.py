@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from latentd_trainer.study import gan_as_em, vanishing_gradient
+from latentd_trainer.study.exact_sums import divergence
 from latentd_trainer.study.section import Settings
 from torch.nn import functional
 
@@ -37,6 +38,30 @@ def test_no_discriminator_beats_the_best() -> None:
     largest = finite.value(best)
     for shift in (*torch.eye(len(best), dtype=torch.float64), *-torch.eye(len(best), dtype=torch.float64)):
         assert finite.value(best + 0.1 * shift) < largest - 1e-6
+
+
+def test_the_best_value_is_twice_jensen_shannon() -> None:
+    """2 JS - ln 4 at the best discriminator, and the minimax gradient there is that of 2 JS: not of one."""
+    finite = gan_as_em.random_finite(3)
+    value = finite.value(finite.best_discriminator().detach())
+    shannon = gan_as_em.jensen_shannon(finite.log_model, finite.log_data)
+    assert value.item() == pytest.approx(2 * shannon.item() - math.log(4), abs=1e-14)
+    (followed,), (once,) = (torch.autograd.grad(each, finite.model) for each in (value, shannon))
+    torch.testing.assert_close(followed, 2 * once, rtol=0, atol=1e-14)
+
+
+def test_the_nonsaturating_loss_does_not_descend_reversed_kl() -> None:
+    """At the best discriminator its gradient is that of KL(p_g || p_data) - 2 JS, here two thirds as long as KL's."""
+    finite = gan_as_em.random_finite(0)
+    best = gan_as_em.Finite(finite.model, finite.data, finite.best_discriminator().detach())
+    reversed_kl = divergence(best.log_model, best.log_data)
+    wanted = reversed_kl - 2 * gan_as_em.jensen_shannon(best.log_model, best.log_data)
+    followed, right, wrong = (
+        torch.autograd.grad(each, finite.model, retain_graph=True)[0]
+        for each in (2 * best.maximisation(), wanted, reversed_kl)
+    )
+    torch.testing.assert_close(followed, right, rtol=0, atol=1e-14)
+    assert (followed.norm() / wrong.norm()).item() == pytest.approx(0.65, abs=0.01)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -121,6 +121,17 @@ def test_the_mean_bound_is_a_divergence_of_joints(machine: Machine) -> None:
     torch.testing.assert_close(bound, -joint - entropy, rtol=0, atol=1e-13)
 
 
+def test_the_bound_on_information_falls_short_by_what_sleep_descends(machine: Machine) -> None:
+    """I(z; x) = E ln q(z | x) + H(z) + E_p(x) KL(p(z | x) || q): InfoGAN's bound and sleep have one gradient."""
+    log_prior, log_posterior = machine.log_prior().detach(), machine.log_posterior().detach()
+    in_all = -(log_prior.exp() * log_prior).sum()
+    left = -(machine.log_likelihood().exp() @ (log_posterior.exp() * log_posterior).sum(dim=1)).detach()
+    torch.testing.assert_close(exact_bounds.information(machine).detach(), in_all - left, rtol=0, atol=1e-13)
+    assert exact_bounds.information_bound(machine) < exact_bounds.information(machine)
+    followed = gradient(-exact_bounds.information_bound(machine), machine.recognition)
+    torch.testing.assert_close(followed, wake_and_sleep.sleep(machine).wanted, rtol=0, atol=1e-13)
+
+
 def test_with_the_posterior_as_q_the_bound_is_tight(machine: Machine) -> None:
     """Where one q can be the posterior of every image, both bounds are ln p(x): a net whose pixels tell nothing."""
     with torch.no_grad():

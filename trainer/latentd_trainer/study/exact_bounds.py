@@ -1,7 +1,8 @@
 """ln p(x) = ELBO + KL(q || p(z | x)), and what importance weighting adds: by sums over every state, not by draws.
 
 Jordan et al., An introduction to variational methods for graphical models, Machine Learning 37 (1999); Kingma, Welling,
-arXiv 1312.6114, eq. 1-3; Burda, Grosse, Salakhutdinov, arXiv 1509.00519, theorem 1.
+arXiv 1312.6114, eq. 1-3; Burda, Grosse, Salakhutdinov, arXiv 1509.00519, theorem 1. The same sums show the bound on
+mutual information that InfoGAN maximises: Chen et al., arXiv 1606.03657, eq. 5.
 """
 
 from __future__ import annotations
@@ -56,6 +57,19 @@ def importance_weighted_bound(machine: Machine, draws: int) -> Tensor:
     return torch.stack(bounds)
 
 
+def information(machine: Machine) -> Tensor:
+    """I(z; x) under the model, in nats: how much of its hidden states its images tell, [] f64."""
+    log_joint = machine.log_joint()
+    apart = log_joint.logsumexp(dim=1, keepdim=True) + log_joint.logsumexp(dim=0)
+    return (log_joint.exp() * (log_joint - apart)).sum()
+
+
+def information_bound(machine: Machine) -> Tensor:
+    """E_p(x, z) ln q(z | x) + H(z), the bound on I(z; x) that InfoGAN maximises, [] f64."""
+    log_prior = machine.log_prior()
+    return (machine.log_joint().exp() * machine.log_q()).sum() - (log_prior.exp() * log_prior).sum()
+
+
 def study(settings: Settings) -> Section:
     """The identities and the slips of one random machine, and its exact IWAE-K."""
     machine = random_machine(settings.seed)
@@ -71,6 +85,8 @@ def study(settings: Settings) -> Section:
         )
         data_entropy = -(machine.data * machine.data.log()).sum()
         data_divergence = divergence(machine.data.log(), log_likelihood)
+        told, told_at_least = information(machine), information_bound(machine)
+        untold = log_likelihood.exp() @ divergence(machine.log_posterior(), machine.log_q())
     figures = {
         "identity/error": _largest(bound + gap - log_likelihood),
         "identity/smallest-gap": float(gap.min()),
@@ -78,6 +94,8 @@ def study(settings: Settings) -> Section:
         "joint/error": abs(float(machine.data @ bound + joint_divergence + data_entropy)),
         "joint/divergence": float(joint_divergence),
         "joint/data-divergence": float(data_divergence),
+        "information/nats": float(told),
+        "information/bound-error": abs(float(told - told_at_least - untold)),
         "slips/prior-twice-error": _largest(twice - bound - expected_log_prior),
         "slips/prior-twice-falls-short": float((bound - twice).min()),
         "slips/added-divergence-exceeds-likelihood": float((added > log_likelihood).double().mean()),
@@ -94,6 +112,12 @@ def study(settings: Settings) -> Section:
         Criterion("IWAE-1 is the ELBO (largest error)", "iwae/one-draw-error", "<=", 1e-12),
         Criterion("IWAE-K rises with K for each image (smallest rise)", "iwae/smallest-rise", ">", 0.0),
         Criterion("and stays below ln p(x) (smallest gap)", "iwae/smallest-gap", ">", 0.0),
+        Criterion(
+            "InfoGAN's bound on I(z; x) falls short by E_p(x) KL(p(z given x)‖q) (error)",
+            "information/bound-error",
+            "<=",
+            1e-12,
+        ),
         Criterion(
             "the form with p(x, z) less KL(q‖p(z)) is off by E_q ln p(z) (largest error)",
             "slips/prior-twice-error",
