@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 TINY = {
     "vae": {"width": 8, "hidden": 16, "latent": 3},
     "gan": {"width": 8, "hidden": 16, "latent": 5},
+    "vae_gan": {"width": 8, "hidden": 16, "latent": 3, "discriminator_steps": 5},
     "diffusion": {"width": 8, "timestep_count": 20},
     "helmholtz": {"lower": 6, "upper": 4, "draws": 3},
     "sigmoid_belief_net": {"lower": 5, "upper": 3, "sweeps": 1, "served_sweeps": 2},

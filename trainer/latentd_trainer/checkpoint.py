@@ -52,6 +52,7 @@ class RunRecord:
     threads: int  # of every process; sums come out differently with another number
     processes: int
     versions: Mapping[str, str]
+    start: Mapping[str, Any] | None = None  # the run that it went on from, see `start.of_run`
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,9 @@ def load_run(directory: Path) -> Run:
 
 
 def _modules(family: Family) -> dict[str, nn.Module]:
-    trained = {f"modules/{name}": module for name, module in family.modules.items()}
-    return trained | {f"averages/{name}": average.module for name, average in family.averages.items()}
+    whole = {f"modules/{name}": module for name, module in family.modules.items()}
+    whole |= {f"frozen/{name}": module for name, module in family.frozen.items()}
+    return whole | {f"averages/{name}": average.module for name, average in family.averages.items()}
 
 
 def _module_tensors(family: Family) -> dict[str, torch.Tensor]:

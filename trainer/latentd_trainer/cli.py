@@ -18,6 +18,7 @@ from latentd_trainer.terminal import console, errors, fail, license_option
 if TYPE_CHECKING:
     from latentd_trainer.checkpoint import RunRecord
     from latentd_trainer.data import Dataset
+    from latentd_trainer.start import Start
 
 app = typer.Typer(
     help="Train deep generative models and write the bundles that latentd serves.",
@@ -50,6 +51,10 @@ def fit(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A setting of the family, see `latentd-train settings`."),
     ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="The trained run to go on from, for families that do (vae_gan)."),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -79,7 +84,7 @@ def fit(
     Exit status: 0 trained to the end; 1 stopped by an error, the last checkpoint intact; 2 options or data that
     are not allowed; 130 (Ctrl-C) or 143 (SIGTERM) saved and stopped early.
     """
-    from latentd_trainer import checkpoint, shard, train
+    from latentd_trainer import checkpoint, shard, start, train
     from latentd_trainer.progress import Display
 
     given = {"data": data, "seed": seed, "precision": precision, "threads": threads}
@@ -89,10 +94,11 @@ def fit(
         has_run = (out / checkpoint.RECORD_FILE).exists()
         if not resume:
             checkpoint.require_no_run(out)
+        begin = None if has_run and from_ is None else start.of_run(from_, family, load_family(family))
         if has_run:
-            record, dataset = _continued_record(out, family, given, wanted)
+            record, dataset = _continued_record(out, family, given, wanted, begin)
         else:
-            record, dataset = _new_record(family, given, wanted)
+            record, dataset = _new_record(family, given, wanted, begin)
         train.fit(
             out,
             record,
@@ -101,6 +107,7 @@ def fit(
             interval=interval,
             resume=has_run,
             display=Display(console),
+            start=None if begin is None else begin.run.family,
         )
     except ValueError as error:
         fail(error, 2)
@@ -287,27 +294,39 @@ def _parse_texts(texts: list[str]) -> dict[str, str]:
     return {text.partition("=")[0]: text.partition("=")[2] for text in texts}
 
 
-def _new_record(family: str, given: Mapping[str, Any], settings: Mapping[str, str]) -> tuple[RunRecord, Dataset]:
-    """The record of a run that starts now, and its data."""
+def _new_record(
+    family: str, given: Mapping[str, Any], settings: Mapping[str, str], start: Start | None
+) -> tuple[RunRecord, Dataset]:
+    """The record of a run that starts now, and its data: those of the run that it goes on from, if it does.
+
+    Raises:
+        ValueError: settings are not allowed, or `start` was trained with others or on other data.
+    """
     from latentd_trainer import checkpoint, data, shard, train
 
-    config = parse_settings(load_family(family).config_type, settings)
+    kind = load_family(family)
+    config = parse_settings(kind.config_type, settings if start is None else start.settings(kind, settings))
     values: dict[str, Any] = {"data": "digits", "seed": 0, "precision": "fp32", "threads": 1}
+    if start is not None:
+        values["data"] = start.run.record.data
     values |= {name: value for name, value in given.items() if value is not None}
     dataset = data.load(values["data"])
+    if start is not None and dataset.info.sha256 != start.run.record.info.sha256:
+        raise ValueError(f"{start.directory} was trained on other data than {values['data']}")
     record = checkpoint.RunRecord(
         family=family,
         settings=dataclasses.asdict(config),
         info=dataset.info,
         processes=shard.process_count(),
         versions=train.versions(),
+        start=None if start is None else start.record,
         **values,
     )
     return record, dataset
 
 
 def _continued_record(
-    out: Path, family: str, given: Mapping[str, Any], settings: Mapping[str, str]
+    out: Path, family: str, given: Mapping[str, Any], settings: Mapping[str, str], start: Start | None
 ) -> tuple[RunRecord, Dataset]:
     """The record of the run in `out`, and its data.
 
@@ -331,6 +350,8 @@ def _continued_record(
             for name in settings
             if getattr(config, name) != record.settings[name]
         ]
+    if start is not None and start.record != record.start:
+        problems.append(f"it went on from another run than {start.directory}")
     if problems:
         raise ValueError(f"{out} cannot be resumed as another run: {'; '.join(problems)}")
     dataset = data.load(record.data)

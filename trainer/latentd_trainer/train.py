@@ -97,8 +97,12 @@ def fit(
     interval: int,
     resume: bool,
     display: Display,
+    start: Family | None = None,
 ) -> None:
     """Train a run to its end: a new one, or with `resume` the one that is there, from its last checkpoint.
+
+    A new run of a family that goes on from another one begins with what `start` has trained, and has a checkpoint
+    from then on, so that it needs `start` no more.
 
     Every `interval` steps, and at the end, the checkpoint is replaced and the pictures are drawn anew.
     Processes that `torchrun` started share each batch and come to the same weights, which the first one writes.
@@ -123,19 +127,23 @@ def fit(
                 if not resume:
                     checkpoint.require_no_run(directory)
             shard = stack.enter_context(join_group(device))
+            if start is not None and not resume:
+                family.start_from(start)
             _move(family, device, record.precision)
             has_checkpoint = (directory / checkpoint.CHECKPOINT_FILE).exists()
-            start = checkpoint.restore(directory, family) if resume and has_checkpoint else 0
+            first = checkpoint.restore(directory, family) if resume and has_checkpoint else 0
             if shard.is_first:
                 checkpoint.remove_leftovers(directory)
                 if not resume:
+                    if start is not None:
+                        checkpoint.save(directory, family, 0)
                     checkpoint.write_record(directory, record)
-            log = stack.enter_context(TrainingLog(directory, start, enabled=shard.is_first))
+            log = stack.enter_context(TrainingLog(directory, first, enabled=shard.is_first))
             loop = _Loop(directory, record, dataset, family, device, shard, log)
             received = stack.enter_context(_caught_signals(shard.count))
             if shard.is_first:
-                stack.enter_context(display.running(record.family, start, loop.step_count))
-            loop.run(start, interval, received, display)
+                stack.enter_context(display.running(record.family, first, loop.step_count))
+            loop.run(first, interval, received, display)
     except OSError as error:
         raise TrainingError(f"{error}; stopped, {_what_is_left(directory)}") from error
 
@@ -211,7 +219,7 @@ def _what_is_left(directory: Path) -> str:
 
 def _move(family: Family, device: torch.device, precision: str) -> None:
     """Move a family without optimiser state to a device, and scale losses where small gradients would be lost."""
-    for module in family.modules.values():
+    for module in (*family.modules.values(), *family.frozen.values()):
         module.to(device)
     for average in family.averages.values():
         average.module.to(device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -29,6 +29,8 @@ FAMILIES = {
     "predictability_minimization": "PredictabilityMinimization",
     "vae": "Vae",
     "gan": "Gan",
+    "infogan": "InfoGan",
+    "vae_gan": "VaeGan",
     "diffusion": "Diffusion",
 }
 """Every family by its name on the command line, and its class in the module of that name."""
@@ -70,17 +72,26 @@ class Family(ABC):
     """A model of one family while it is trained: networks, optimisers, averages.
 
     A family's class takes `(config, info)`, with its own `config_type`, and initialises its weights from torch's
-    global generator. Everything that a checkpoint must hold is in `modules`, `averages` and `updaters`.
+    global generator. Everything that a checkpoint must hold is in `modules`, `frozen`, `averages`
+    and `updaters`.
     """
 
     config_type: ClassVar[type[Any]]
     """A frozen dataclass of `setting`s, and of `steps` and `batch_size` (0 is all images) at least."""
+
+    starts_from: ClassVar[str] = ""
+    """The family whose trained run it goes on from; empty for one that starts with fresh weights."""
+
+    inherited: ClassVar[Sequence[str]] = ()
+    """Settings that it takes from that run."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings that belong together, by name: recipes for other data than the defaults are for."""
 
     modules: Mapping[str, nn.Module]
     """What is trained."""
+    frozen: Mapping[str, nn.Module]
+    """What is served as it was given, untrained."""
     averages: Mapping[str, Average]
     """Moving averages of some of `modules`: what is served."""
     updaters: Mapping[str, Updater]
@@ -89,6 +100,11 @@ class Family(ABC):
     def __init__(self, config: Any, info: DataInfo) -> None:
         self.config = config
         self.info = info
+        self.frozen = {}
+
+    def start_from(self, trained: Family) -> None:
+        """Take over what a run of the family `starts_from` has trained, with the settings in `inherited`."""
+        raise TypeError(f"{type(self).__name__} starts with fresh weights")
 
     @abstractmethod
     def step(self, batch: Batch, moment: Moment) -> dict[str, torch.Tensor]:

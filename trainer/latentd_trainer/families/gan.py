@@ -78,18 +78,31 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class GanConfig(PyramidSettings):
-    """Settings of GAN training; the defaults are the recipe for digits."""
+class GameSettings:
+    """The settings of the game between discriminator and generator. The defaults are the recipe for digits."""
 
-    steps: int = setting(1500, "training steps, of both networks")
-    batch_size: int = setting(64, "images a step, over all processes")
-    learning_rate: float = setting(2e-4, "rate of both Adams")
     loss: str = setting("nonsaturating", "the game: nonsaturating, minimax or hinge")
     gradient_penalty: float = setting(1.0, "gamma, the weight of R1; 0 is none")
     penalty_interval: int = setting(4, "steps from one R1 to the next")
     largest_shift: int = setting(
         0, "pixels by which images move before the discriminator; 0 suits digits that fill the frame"
     )
+
+    def game_problems(self) -> list[str]:
+        """A sentence for each of these settings that is not allowed."""
+        problems = below(self, gradient_penalty=0, penalty_interval=1, largest_shift=0)
+        if self.loss not in LOSSES:
+            problems.append(f"loss={self.loss!r}: must be one of {', '.join(LOSSES)}")
+        return problems
+
+
+@dataclass(frozen=True)
+class GanConfig(GameSettings, PyramidSettings):
+    """Settings of GAN training; the defaults are the recipe for digits."""
+
+    steps: int = setting(1500, "training steps, of both networks")
+    batch_size: int = setting(64, "images a step, over all processes")
+    learning_rate: float = setting(2e-4, "rate of both Adams")
     blocks: int = setting(0, "residual blocks at each level, beside the convolution that leads to it")
     hidden: int = setting(128, "width of the discriminator's linear layer")
     latent: int = setting(32, "dimensions of z")
@@ -107,18 +120,13 @@ class GanConfig(PyramidSettings):
             steps=1,
             batch_size=1,
             learning_rate=0,
-            gradient_penalty=0,
-            penalty_interval=1,
-            largest_shift=0,
             hidden=1,
             latent=1,
             label_width=1,
             inversion_rate=0,
         )
         problems += outside(self, average_decay=(0, 1), inversion=(0, 1), mirrored=(0, 1))
-        if self.loss not in LOSSES:
-            problems.append(f"loss={self.loss!r}: must be one of {', '.join(LOSSES)}")
-        problems += self.pyramid_problems()
+        problems += self.game_problems() + self.pyramid_problems()
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -202,6 +210,78 @@ class RealProbabilityGraph(nn.Module):
         return torch.sigmoid(self.discriminator(sample, label))
 
 
+def realness_graph(discriminator: nn.Module, shape: tuple[int, int, int]) -> Graph:
+    """The discriminator of images of this shape as it is served: P(real) as the score."""
+    return Graph(
+        role=Role.ROLE_SCORER,
+        module=RealProbabilityGraph(discriminator).eval(),
+        inputs=(
+            GraphInput("sample", Source.SOURCE_SAMPLE, shape),
+            GraphInput("label", Source.SOURCE_CLASS_LABEL, (), tensor_pb2.DATA_TYPE_INT64),
+        ),
+        outputs=(GraphOutput("real_probability", Meaning.MEANING_REAL_PROBABILITY, ()),),
+    )
+
+
+class Game:
+    """The game as one side of it sees it: the discriminator learns, and generators are told what they pay."""
+
+    def __init__(self, settings: GameSettings, discriminator: nn.Module, updater: Updater) -> None:
+        self.settings, self.discriminator, self.updater = settings, discriminator, updater
+
+    def discriminator_step(
+        self, real: Tensor, fake: Tensor, labels: Tensor, moment: Moment, beside: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """One step of the discriminator. Losses: `discriminator`, and `penalty` in every `penalty_interval`th step.
+
+        Args:
+            real: [n, C, H, W] f32.
+            fake: generated images of the same labels, [n, C, H, W], without a gradient.
+            labels: [n] i64.
+            moment: where in training the step is.
+            beside: what the discriminator minimises as well, [] f32.
+        """
+        with moment.autocast():
+            real_logit = self._judge(real, labels, moment)
+            fake_logit = self._judge(fake.float(), labels, moment)
+        loss = discriminator_loss(self.settings.loss, real_logit.float(), fake_logit.float())
+        losses = {"discriminator": loss.detach()}
+        if self.settings.gradient_penalty and moment.step % self.settings.penalty_interval == 0:
+            penalty = self._gradient_penalty(real, labels)
+            losses["penalty"] = penalty.detach()
+            loss = loss + self.settings.gradient_penalty / 2 * self.settings.penalty_interval * penalty
+        self.updater.apply(loss if beside is None else loss + beside, moment.shard)
+        return losses
+
+    def generator_loss(self, fake: Tensor, labels: Tensor, moment: Moment) -> Tensor:
+        """What a generator pays for its images ([n, C, H, W]) of these labels, [] f32."""
+        with moment.autocast():
+            logit = self._judge(fake.float(), labels, moment)
+        return generator_loss(self.settings.loss, logit.float())
+
+    def _judge(self, images: Tensor, labels: Tensor, moment: Moment) -> Tensor:
+        largest = self.settings.largest_shift
+        if largest:
+            count = len(images) * moment.shard.count
+            shifts = torch.randint(-largest, largest + 1, (count, 2), generator=moment.generator)
+            images = shifted(images, moment.shard.rows(shifts).to(images.device), largest)
+        logit: Tensor = self.discriminator(images, labels)
+        return logit
+
+    def _gradient_penalty(self, images: Tensor, labels: Tensor) -> Tensor:
+        """E |grad_x f(x, y)|^2 over real images ([n, C, H, W] f32), [] f32; in fp32, for it is differentiated twice."""
+        images = images.detach().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):  # the only form of attention that can be differentiated twice
+            logit = self.discriminator(images, labels)
+        (gradient,) = torch.autograd.grad(logit.sum(), images, create_graph=True)
+        return gradient.square().flatten(1).sum(dim=1).mean()
+
+
+def game_optimizer(network: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Adam as both sides of the game use it."""
+    return torch.optim.Adam(network.parameters(), rate, betas=(0.0, 0.99), fused=True)
+
+
 class Gan(Family):
     """Generator, its average, discriminator, the encoder that inverts the average, and an Adam for each."""
 
@@ -217,11 +297,9 @@ class Gan(Family):
         self.modules: dict[str, nn.Module] = {"generator": self.generator, "discriminator": self.discriminator}
         self.averages = {"generator": Average(self.generator, config.average_decay)}
         self.updaters = {
-            name: Updater(
-                module, torch.optim.Adam(module.parameters(), config.learning_rate, betas=(0.0, 0.99), fused=True)
-            )
-            for name, module in self.modules.items()
+            name: Updater(module, game_optimizer(module, config.learning_rate)) for name, module in self.modules.items()
         }
+        self.game = Game(config, self.discriminator, self.updaters["discriminator"])
         if config.inversion:
             inverse = Inverse(pyramid, config.hidden, config.latent, config.label_width, classes)
             self.modules["encoder"] = inverse
@@ -234,26 +312,14 @@ class Gan(Family):
 
         Losses: `discriminator`, `generator`, `penalty`, and those of `inversion_step`.
         """
-        labels, loss = batch.labels, self.config.loss
+        labels = batch.labels
         real = mirrored(batch.images, moment, self.config.mirrored)
-        with moment.autocast():
-            with torch.no_grad():
-                fake = self.generator(self._noise(batch, moment), labels)
-            real_logit = self._judge(real, labels, batch, moment)
-            fake_logit = self._judge(fake.float(), labels, batch, moment)
-        discriminator = discriminator_loss(loss, real_logit.float(), fake_logit.float())
-        losses = {"discriminator": discriminator.detach()}
-        if self.config.gradient_penalty and moment.step % self.config.penalty_interval == 0:
-            penalty = self._gradient_penalty(real, labels)
-            losses["penalty"] = penalty.detach()
-            weight = self.config.gradient_penalty / 2 * self.config.penalty_interval
-            discriminator = discriminator + weight * penalty
-        self.updaters["discriminator"].apply(discriminator, moment.shard)
-
+        with moment.autocast(), torch.no_grad():
+            fake = self.generator(self._noise(batch, moment), labels)
+        losses = self.game.discriminator_step(real, fake, labels, moment)
         with moment.autocast():
             fake = self.generator(self._noise(batch, moment), labels)
-            fake_logit = self._judge(fake.float(), labels, batch, moment)
-        generator = generator_loss(loss, fake_logit.float())
+        generator = self.game.generator_loss(fake, labels, moment)
         self.updaters["generator"].apply(generator, moment.shard)
         self.averages["generator"].update(moment.step)
         losses["generator"] = generator.detach()
@@ -289,12 +355,7 @@ class Gan(Family):
                 inputs=(GraphInput("latent", Source.SOURCE_LATENT, latent), label),
                 outputs=(GraphOutput("image", Meaning.MEANING_SAMPLE, shape),),
             ),
-            Graph(
-                role=Role.ROLE_SCORER,
-                module=RealProbabilityGraph(self.discriminator).eval(),
-                inputs=(GraphInput("sample", Source.SOURCE_SAMPLE, shape), label),
-                outputs=(GraphOutput("real_probability", Meaning.MEANING_REAL_PROBABILITY, ()),),
-            ),
+            realness_graph(self.discriminator, shape),
         ]
         methods = [model_pb2.Model.METHOD_SAMPLE, model_pb2.Model.METHOD_DECODE, model_pb2.Model.METHOD_SCORE]
         if "encoder" in self.modules:
@@ -341,20 +402,3 @@ class Gan(Family):
         count = len(batch.images) * moment.shard.count
         noise = torch.randn((count, self.config.latent), generator=moment.generator)
         return moment.shard.rows(noise).to(batch.images.device)
-
-    def _judge(self, images: Tensor, labels: Tensor, batch: Batch, moment: Moment) -> Tensor:
-        largest = self.config.largest_shift
-        if largest:
-            count = len(batch.images) * moment.shard.count
-            shifts = torch.randint(-largest, largest + 1, (count, 2), generator=moment.generator)
-            images = shifted(images, moment.shard.rows(shifts).to(images.device), largest)
-        logit: Tensor = self.discriminator(images, labels)
-        return logit
-
-    def _gradient_penalty(self, images: Tensor, labels: Tensor) -> Tensor:
-        """E |grad_x f(x, y)|^2 over real images ([n, C, H, W] f32), [] f32; in fp32, for it is differentiated twice."""
-        images = images.detach().requires_grad_()
-        with sdpa_kernel(SDPBackend.MATH):  # the only form of attention that can be differentiated twice
-            logit = self.discriminator(images, labels)
-        (gradient,) = torch.autograd.grad(logit.sum(), images, create_graph=True)
-        return gradient.square().flatten(1).sum(dim=1).mean()

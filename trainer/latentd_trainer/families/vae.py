@@ -18,6 +18,7 @@ Kingma, Welling: Auto-encoding variational Bayes, arXiv 1312.6114.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -224,53 +225,28 @@ class LogWeightGraph(nn.Module):
         return log_likelihood + log_prior - normal_log_density(latent, mean, log_variance)
 
 
-class Vae(Family):
-    """Encoder and decoder under one optimiser, and their average."""
+class VariationalFamily(Family):
+    """What is served as a VAE, however it was trained: an encoder, a decoder with a likelihood, and their bound.
 
-    config_type = VaeConfig
-    presets = PRESETS
-    config: VaeConfig
+    `config` has `latent`, the dimensions of z.
+    """
 
-    def __init__(self, config: VaeConfig, info: DataInfo) -> None:
-        super().__init__(config, info)
-        sizes = (config.pyramid(info.shape), config.hidden, config.latent)
-        self.networks = nn.ModuleDict({"encoder": Encoder(*sizes), "decoder": Decoder(*sizes, len(info.class_names))})
-        optimizer = torch.optim.AdamW(
-            self.networks.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        self.modules = {"networks": self.networks}
-        self.averages = {"networks": Average(self.networks, config.average_decay)}
-        self.updaters = {"networks": Updater(self.networks, optimizer, config.clip_norm)}
+    @property
+    @abstractmethod
+    def encoder(self) -> nn.Module:
+        """The `Encoder` that is served."""
 
-    def step(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        """One step of AdamW on the bound. Losses in nats: `loss`, and without free bits `reconstruction` and `kl`."""
-        count = len(batch.images) * moment.shard.count
-        noise = torch.randn((count, self.config.latent), generator=moment.generator)
-        eps = moment.shard.rows(noise).to(batch.images.device)
-        with moment.autocast():
-            mean, log_variance = (part.float() for part in self.networks["encoder"](batch.images))
-            latent = reparameterise(mean, log_variance, eps)
-            location, log_scale = (part.float() for part in self.networks["decoder"](latent, batch.labels))
-        log_likelihood = discretized_logistic_log_likelihood(batch.images, location, log_scale, self.info.levels)
-        reconstruction = -log_likelihood.mean()
-        kl = kl_to_standard_normal(mean, log_variance).mean(dim=0)
-        # The floor is on the mean over the global batch; below it a dimension has no gradient.
-        costs = moment.shard.mean(kl) > self.config.free_bits
-        floored = torch.where(costs, kl, self.config.free_bits).sum()
-        warm_up = self.config.kl_warm_up * moment.step_count
-        weight = min(1.0, (moment.step + 1) / warm_up) if warm_up else 1.0
-        loss = reconstruction + weight * floored
-        factor = warm_up_then_cosine(moment.step, moment.step_count, self.config.warm_up_steps)
-        self.updaters["networks"].apply(loss, moment.shard, factor)
-        self.averages["networks"].update(moment.step)
-        return {"loss": loss.detach(), "reconstruction": reconstruction.detach(), "kl": kl.sum().detach()}
+    @property
+    @abstractmethod
+    def decoder(self) -> nn.Module:
+        """The `Decoder` that is served."""
 
     def sample(self, labels: Tensor, seed: int, *, draw: bool = False) -> Tensor:
         """See `Family.sample`; the mean of p(x | z, y), or a draw from it."""
         generator = torch.Generator().manual_seed(seed)
         latent = torch.randn((len(labels), self.config.latent), generator=generator)
         uniform = torch.rand((len(labels), *self.info.shape), generator=generator)
-        decoder = self._served("decoder")
+        decoder = self.decoder
         device = next(decoder.parameters()).device
         with torch.no_grad():
             location, log_scale = (part.cpu() for part in decoder(latent.to(device), labels.to(device)))
@@ -292,7 +268,7 @@ class Vae(Family):
             [n] f32.
         """
         generator = torch.Generator().manual_seed(seed)
-        scorer = LogWeightGraph(self._served("encoder"), self._served("decoder"), self.info.levels)
+        scorer = LogWeightGraph(self.encoder, self.decoder, self.info.levels)
         device = next(scorer.parameters()).device
         images, labels = images.to(device), labels.to(device)
         weights = []
@@ -304,13 +280,13 @@ class Vae(Family):
     @torch.no_grad()
     def latent_divergences(self, images: Tensor) -> Tensor:
         """KL(q(z_j | x) || p(z_j)) of each image and dimension in nats, [n, C, H, W] f32 -> [n, latent] f32."""
-        encoder = self._served("encoder")
+        encoder = self.encoder
         return kl_to_standard_normal(*encoder(images.to(next(encoder.parameters()).device))).cpu()
 
     def serving_spec(self) -> ServingSpec:
         """A decoder with mean and draw, an encoder that needs no label, and a scorer of one draw."""
         shape, latent = self.info.shape, (self.config.latent,)
-        encoder, decoder = self._served("encoder"), self._served("decoder")
+        encoder, decoder = self.encoder, self.decoder
         label = GraphInput("label", Source.SOURCE_CLASS_LABEL, (), tensor_pb2.DATA_TYPE_INT64)
         graphs = (
             Graph(
@@ -363,10 +339,58 @@ class Vae(Family):
             ),
             reference_uri="https://arxiv.org/abs/1312.6114",
             likelihood=bound_on_mass(
-                f"Of images of {self.info.levels} levels given their class, from latents drawn by q(latent given sample)."
+                f"Of images of {self.info.levels} levels given their class, from draws of q(latent given sample)."
             ),
         )
 
-    def _served(self, name: str) -> nn.Module:
-        averaged: nn.Module = self.averages["networks"].module.get_submodule(name)
-        return averaged
+
+class Vae(VariationalFamily):
+    """Encoder and decoder under one optimiser, and their average."""
+
+    config_type = VaeConfig
+    presets = PRESETS
+    config: VaeConfig
+
+    def __init__(self, config: VaeConfig, info: DataInfo) -> None:
+        super().__init__(config, info)
+        sizes = (config.pyramid(info.shape), config.hidden, config.latent)
+        self.networks = nn.ModuleDict({"encoder": Encoder(*sizes), "decoder": Decoder(*sizes, len(info.class_names))})
+        optimizer = torch.optim.AdamW(
+            self.networks.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        self.modules = {"networks": self.networks}
+        self.averages = {"networks": Average(self.networks, config.average_decay)}
+        self.updaters = {"networks": Updater(self.networks, optimizer, config.clip_norm)}
+
+    def step(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+        """One step of AdamW on the bound. Losses in nats: `loss`, and without free bits `reconstruction` and `kl`."""
+        count = len(batch.images) * moment.shard.count
+        noise = torch.randn((count, self.config.latent), generator=moment.generator)
+        eps = moment.shard.rows(noise).to(batch.images.device)
+        with moment.autocast():
+            mean, log_variance = (part.float() for part in self.networks["encoder"](batch.images))
+            latent = reparameterise(mean, log_variance, eps)
+            location, log_scale = (part.float() for part in self.networks["decoder"](latent, batch.labels))
+        log_likelihood = discretized_logistic_log_likelihood(batch.images, location, log_scale, self.info.levels)
+        reconstruction = -log_likelihood.mean()
+        kl = kl_to_standard_normal(mean, log_variance).mean(dim=0)
+        # The floor is on the mean over the global batch; below it a dimension has no gradient.
+        costs = moment.shard.mean(kl) > self.config.free_bits
+        floored = torch.where(costs, kl, self.config.free_bits).sum()
+        warm_up = self.config.kl_warm_up * moment.step_count
+        weight = min(1.0, (moment.step + 1) / warm_up) if warm_up else 1.0
+        loss = reconstruction + weight * floored
+        factor = warm_up_then_cosine(moment.step, moment.step_count, self.config.warm_up_steps)
+        self.updaters["networks"].apply(loss, moment.shard, factor)
+        self.averages["networks"].update(moment.step)
+        return {"loss": loss.detach(), "reconstruction": reconstruction.detach(), "kl": kl.sum().detach()}
+
+    @property
+    def encoder(self) -> nn.Module:
+        """See `VariationalFamily`; the average."""
+        return self.averages["networks"].module.get_submodule("encoder")
+
+    @property
+    def decoder(self) -> nn.Module:
+        """See `VariationalFamily`; the average."""
+        return self.averages["networks"].module.get_submodule("decoder")
