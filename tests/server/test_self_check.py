@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import SHAPE
+from latentd import tensor
 from latentd.v1 import bundle_pb2
-from latentd_server import samplers
+from latentd.v1 import generation_service_pb2 as pb
+from latentd_server import resolve, samplers
 from latentd_server.certificate_cache import CertificateCache
 from latentd_server.engine import Engine
 from latentd_server.job import CallJob, Event, Finished, Job, Noise, Start, StepJob
 from latentd_server.loading import LoadedModel, Terms, load
 from latentd_server.metrics import Metrics
 from latentd_server.noise import Purpose
+from latentd_server.plans import Limits
 from latentd_server.runners import Outcome, Runner, evaluate
 from latentd_server.runtime import Device
 from latentd_server.scheduler import GraphKey, Scheduler, Segment, graph_key
@@ -106,6 +109,10 @@ def variants(loaded: dict[str, LoadedModel]) -> list[Job]:
         steps(loaded, start=Start(0.5, images, 0.5), estimates_wanted=True),
         steps(loaded, start=Start(0.5, images[:1], 0.5)),
         steps(loaded, tables=(table, other, table), start=Start(0.0, images, history=history), history_wanted=True),
+        steps(loaded, guidance_scale=2.0, guidance_interval=(20, 60)),
+        resolve.score(
+            pb.ScoreRequest(samples=tensor.encode(images), timestep_count=4), loaded[D].servable, Limits()
+        ).job,
     ]
 
 
@@ -144,12 +151,12 @@ def lies(segments: Sequence[Segment], outcomes: list[Outcome]) -> list[Outcome]:
 
 @pytest.mark.parametrize("honest", [True, False])
 @pytest.mark.parametrize("max_rows", [2, 8])
-@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("which", range(8))
 def test_a_lane_made_again_alone_matches_unless_somebody_lies(
     which: int, max_rows: int, honest: bool, loaded: dict[str, LoadedModel], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Walks, guidance, start points, tables by lane, history and calls, in one batch or split over several: equal
-    bytes, and an ulp is a mismatch.
+    """Walks, guidance and its interval, start points, tables by lane, history, terms of a bound and calls, in one batch
+    or split over several: equal bytes, and an ulp is a mismatch.
     """
     job = variants(loaded)[which]
     metrics = Metrics()
@@ -161,13 +168,11 @@ def test_a_lane_made_again_alone_matches_unless_somebody_lies(
     check.offer(arrival, outcome, 1.0)
     assert check.has_work
     runner.after = runner.after if honest else lies
-    evaluations = 0
     while check.has_work:
         check.step({key: runner}, 2.0)
-        evaluations += job.rows_per_lane
-    assert evaluations == job.evaluations_per_lane
     assert counted(metrics, "latentd_self_checks_total") == {"match" if honest else "mismatch": 1}
-    assert list(counted(metrics, "latentd_self_check_evaluations_total").values()) == [evaluations]
+    spent = counted(metrics, "latentd_self_check_evaluations_total")
+    assert list(spent.values()) == [job.evaluations_per_lane]
     assert ("other bytes alone" in caplog.text) != honest
     assert runner.forgotten[-1] < 0
 
