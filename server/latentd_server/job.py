@@ -24,6 +24,7 @@ from latentd.v1 import bundle_pb2, model_pb2
 from numpy.typing import NDArray
 
 from latentd_server.bound_terms import BoundTerms
+from latentd_server.known_pixels import Known
 from latentd_server.noise import Purpose
 from latentd_server.samplers import Table
 from latentd_server.schedules import Schedule
@@ -78,6 +79,7 @@ class StepJob:
     preview_interval: int = 0  # solver steps between previews; 0 is none
     estimates_wanted: bool = False  # report the last evaluation's x0 and eps
     history_wanted: bool = False  # report the history register
+    known: Known | None = None  # part of the samples that is given
     then: Handover | None = None
 
     @property
@@ -212,6 +214,7 @@ def lanes_of(job: Job, lanes: Array) -> Job:
         lane_count=len(lanes),
         tables=tuple(job.tables[lane] for lane in lanes) if len(job.tables) > 1 else job.tables,
         start=start,
+        known=None if job.known is None else job.known.of(lanes),
         sample_indices=rows(job.sample_indices),
         labels=rows(job.labels),
     )

@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     OUTPUT = 4  # a draw from a decoder's likelihood
     SCORE = 5  # Monte Carlo draws of a bound
     FORWARD = 6  # q(x_t | x0)
+    KNOWN = 7  # q(x_t | x0) of what is known of a sample, at every step
 
 
 _PURPOSE_BITS = 8

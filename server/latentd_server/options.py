@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from latentd.v1 import generation_service_pb2
+from latentd import tensor as codec
+from latentd.v1 import generation_service_pb2, tensor_pb2
 from numpy.typing import NDArray
 
 from latentd_server import samplers, schedules
@@ -31,6 +32,7 @@ class Walk:
     preview_interval: int
     strength: float | None  # set where there is a start point
     start: NDArray[np.float32] | None  # [1 or n, *sample]
+    known: tuple[NDArray[np.float32], NDArray[np.bool_]] | None  # values and mask, [1 or n, *sample] each
 
     @property
     def visited(self) -> tuple[int, ...]:
@@ -41,7 +43,7 @@ class Walk:
 
     @property
     def options(self) -> generation_service_pb2.DiffusionOptions:
-        """As options that ask for this very walk, but for the start point's samples."""
+        """As options that ask for this very walk, but for the start point's samples and for what is known."""
         options = DiffusionOptions(
             sampler=self.sampler,
             step_count=len(self.timesteps),
@@ -85,6 +87,7 @@ def read_walk(
         preview_interval=options.preview_interval_steps,
         strength=_strength(fields, options),
         start=_start(fields, options, model, count),
+        known=_known(fields, options, model, count),
     )
     fields.integer(walk.preview_interval, "diffusion.preview_interval_steps", 0, limits.max_steps)
     return walk if len(fields.violations) == found else None
@@ -143,11 +146,56 @@ def _start(
 ) -> NDArray[np.float32] | None:
     if not options.HasField("start"):
         return None
-    path = "diffusion.start.samples"
-    samples = fields.rows(options.start.samples, path, model.sample, max(1, count or 1), is_sample=True)
+    return _samples(fields, options.start.samples, "diffusion.start.samples", model, count)
+
+
+def _samples(
+    fields: Fields, tensor: tensor_pb2.Tensor, path: str, model: Wiring, count: int | None
+) -> NDArray[np.float32] | None:
+    """One sample for all, or one for each."""
+    samples = fields.rows(tensor, path, model.sample, max(1, count or 1), is_sample=True)
     if samples is not None and count is not None and len(samples) not in (1, count):
         fields.reject(f"{path}.shape", f"must hold 1 sample, or {count}, one for each sample; got {len(samples)}")
     return samples
+
+
+def _known(
+    fields: Fields, options: generation_service_pb2.DiffusionOptions, model: Wiring, count: int | None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]] | None:
+    if not options.HasField("known"):
+        return None
+    if model.decoder is not None:
+        fields.reject("diffusion.known", "must be unset: this model walks over latents, which have no known pixels")
+        return None
+    samples = _samples(fields, options.known.samples, "diffusion.known.samples", model, count)
+    mask = _mask(fields, options.known.mask, model.sample.shape, count)
+    return None if samples is None or mask is None else (samples, mask)
+
+
+def _mask(
+    fields: Fields, tensor: tensor_pb2.Tensor, shape: tuple[int, ...], count: int | None
+) -> NDArray[np.bool_] | None:
+    """Zeros and ones as [1 or n, *sample] bool; one for all channels is repeated for each."""
+    path = "diffusion.known.mask"
+    try:
+        mask = codec.decode(tensor, path)
+    except codec.TensorError as error:
+        fields.reject(error.path, error.description)
+        return None
+    if mask.dtype == np.int64:
+        fields.reject(f"{path}.data_type", "must be UINT8, FLOAT32 or FLOAT16; got DATA_TYPE_INT64")
+    rows = (1,) if count is None else tuple(dict.fromkeys((1, count)))
+    if not mask.shape or mask.shape[1:] not in (shape, (1, *shape[1:])) or mask.shape[0] not in rows:
+        many = " or ".join(map(str, rows))
+        extents = ", ".join(map(str, shape[1:]))
+        channels = " or ".join(dict.fromkeys(("1", str(shape[0]))))
+        fields.reject(f"{path}.shape", f"must be [{many}, {channels}, {extents}]; got {list(mask.shape)}")
+        return None
+    if wrong := int(mask.size - np.count_nonzero((mask == 0) | (mask == 1))):
+        fields.reject(f"{path}.data", f"must be 0 or 1 everywhere; {wrong} of {mask.size} values are not")
+        return None
+    known: NDArray[np.bool_] = np.broadcast_to(mask == 1, (len(mask), *shape))
+    return known
 
 
 def read_guidance(

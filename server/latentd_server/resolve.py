@@ -129,6 +129,8 @@ def open_loop(
     head = _head(fields, request, model, fresh_seed, limits)
     if request.diffusion.preview_interval_steps:
         fields.reject("diffusion.preview_interval_steps", "must be 0: every step of a loop is answered")
+    why = "who drives a loop puts what is known into the states that it sends"
+    fields.absent(request.diffusion, ("known",), "diffusion.", why)
     return loops.opened(*walks.sample(fields, request, head, model, limits), model)
 
 

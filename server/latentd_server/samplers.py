@@ -50,6 +50,11 @@ class Table:
         )
 
     @cached_property
+    def begins(self) -> NDArray[np.bool_]:
+        """[E] bool: whether a step begins with the evaluation; samplers of several evaluations a step end it later."""
+        return _read_only(np.concatenate([[True], np.diff(self.completed_steps[:-1], prepend=0) > 0]))
+
+    @cached_property
     def stochastic(self) -> NDArray[np.bool_]:
         """[E] bool: whether the evaluation's update adds fresh noise."""
         return _read_only(self.coefficients[:, COLUMNS.index("s")] != 0)

@@ -63,6 +63,7 @@ class StatePool:
         if self._through_graphs:
             self._writer = CompiledGraph(step_graph.build_writer(shape), device, 1, capture=False)
             self._reader = CompiledGraph(step_graph.build_reader(shape), device, 1, capture=False)
+            self._blender: CompiledGraph | None = None  # compiled when somebody needs it
 
     @property
     def capacity(self) -> int:
@@ -93,6 +94,25 @@ class StatePool:
         rows.arrays["x_rows"][:], rows.arrays["h_rows"][:] = x, h
         rows.up()
         self._write_from(rows, slots, {"x_rows": "x_rows", "h_rows": "h_rows"})
+
+    def blend(self, slots: NDArray[np.int64], mask: Array, values: Array) -> None:
+        """Put parts of rows into the x of slots [n] i64: where `mask` [n, *S] bool says so, `values` [n, *S] f32."""
+        if not self._through_graphs:
+            x = self.memory.arrays["x"]
+            x[slots] = np.where(mask, values, x[slots])
+            return
+        if self._blender is None:
+            self._blender = CompiledGraph(step_graph.build_blender(self._shape), self._device, 1, capture=False)
+        layout = {"chosen": (mask.shape, np.dtype(np.int64)), "values": (values.shape, values.dtype)}
+        rows = Memory(self._device, layout)
+        rows.arrays["chosen"][:], rows.arrays["values"][:] = mask, values
+        rows.up()
+        bound = self._blender.bind()
+        self._number(bound, "slot", slots)
+        bound.read(rows)
+        bound.read(self.memory, {"x": "x"})  # and nothing of h
+        bound.write(self.memory, {"x": step_graph.STATE["x"]})
+        bound.run()
 
     def read(self, memory: Memory, name: str, rows: Sequence[int]) -> Array:
         """Copy rows out of this pool's memory or another: [k, *S] f32."""

@@ -32,6 +32,7 @@ STATE = {"x": "x_next", "h": "h_next"}
 ESTIMATES = ("x0", "eps")
 """Outputs [n, *S] f32."""
 
+_CHOICE = ("old", "values", "chosen")
 _PREFIX = "net/"
 _OPSET, _IR_VERSION = 18, 8
 
@@ -99,6 +100,31 @@ def build_writer(shape: Sequence[int]) -> bytes:
         inputs.append(helper.make_tensor_value_info(f"{name}_rows", TensorProto.FLOAT, ["n", *shape]))
         outputs.append(helper.make_tensor_value_info(updated, TensorProto.FLOAT, ["p", *shape]))
     return _model(helper.make_graph(nodes, "latentd_write", inputs, outputs, _constants()), _OPSET, _IR_VERSION)
+
+
+def build_blender(shape: Sequence[int]) -> bytes:
+    """A model that puts parts of rows into state: inputs x [P, *S] f32, slot [n] i64, chosen [n, *S] i64 and values
+    [n, *S] f32, which take the place of what is there where `chosen` is 1 and not 0; output x_next, to be bound over x.
+
+    Selection is by index, for ONNX Runtime's Where takes the sign of a zero away.
+    """
+    nodes = [
+        helper.make_node("Gather", ["x", "slot"], ["old"]),
+        *(helper.make_node("Unsqueeze", [name, "column_axis"], [f"{name}_of_two"]) for name in _CHOICE),
+        helper.make_node("Concat", ["old_of_two", "values_of_two"], ["both"], axis=1),
+        helper.make_node("GatherElements", ["both", "chosen_of_two"], ["new_of_one"], axis=1),
+        helper.make_node("Squeeze", ["new_of_one", "column_axis"], ["new"]),
+        helper.make_node("Unsqueeze", ["slot", "column_axis"], ["index"]),
+        helper.make_node("ScatterND", ["x", "index", "new"], [STATE["x"]]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["p", *shape]),
+        helper.make_tensor_value_info("slot", TensorProto.INT64, ["n"]),
+        helper.make_tensor_value_info("chosen", TensorProto.INT64, ["n", *shape]),
+        helper.make_tensor_value_info("values", TensorProto.FLOAT, ["n", *shape]),
+    ]
+    outputs = [helper.make_tensor_value_info(STATE["x"], TensorProto.FLOAT, ["p", *shape])]
+    return _model(helper.make_graph(nodes, "latentd_blend", inputs, outputs, _constants()), _OPSET, _IR_VERSION)
 
 
 def build_reader(shape: Sequence[int]) -> bytes:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _F32, _I64 = np.dtype(np.float32), np.dtype(np.int64)
 _START, _SCORE = word(Purpose.START), word(Purpose.SCORE)
+_KNOWN = word(Purpose.KNOWN)
 _UNDER_WAY = Outcome()
 _OUTPUTS = {"x": "sample", "h": "history", "x0": "denoised", "eps": "noise"}
 """What finished lanes' rows are called."""
@@ -165,6 +166,7 @@ class PreparedSteps:
     start_slots: list[int] = field(default_factory=list)  # of the lanes that start with this call
     start_x: Array | None = None  # [k, *S] f32
     start_h: Array | None = None
+    blend: tuple[NDArray[np.int64], Array, Array] | None = None  # slots of lanes, masks, and what is known of their x
 
 
 @dataclass(slots=True)
@@ -233,6 +235,7 @@ class StepRunner:
         noisy: list[int] = []  # lanes of the call
         noises: list[tuple[StepNoise, int]] = []  # theirs, and at which evaluation
         starts: list[tuple[_Walk, slice]] = []
+        blends: list[tuple[_Walk, slice, int]] = []
         endings: list[_Ending] = []
         reads: dict[str, list[int]] = {}
         draws = Draws()
@@ -246,6 +249,8 @@ class StepRunner:
             if position == 0:
                 self._seat(walk, first, stop)
                 starts.append((walk, slice(first, stop)))
+            if job.known is not None and job.known.levels[position] is not None:
+                blends.append((walk, slice(first, stop), position))
             slots += walk.slots[first:stop]
             labels += walk.labels[first:stop]
             for index, table in enumerate(job.tables[first:stop] if len(job.tables) > 1 else job.tables * count):
@@ -284,6 +289,8 @@ class StepRunner:
         if starts:
             prepared.start_slots = [slot for walk, lanes in starts for slot in walk.slots[lanes]]
             prepared.start_x, prepared.start_h = self._starts(starts, scales, begun)
+        if blends:
+            prepared.blend = self._blends(blends)
         return prepared
 
     def _board(self, job_id: int, job: object) -> _Walk:
@@ -333,6 +340,23 @@ class StepRunner:
             x.reshape(len(x), -1)[noisy] += np.array(scales, np.float32)[noisy, None] * values
         return x, h
 
+    def _blends(self, blends: list[tuple[_Walk, slice, int]]) -> tuple[NDArray[np.int64], Array, Array]:
+        """What is known of lanes whose steps begin: their slots [k] i64, masks [k, *S] bool and x there [k, *S] f32."""
+        draws, slots, masks, values = Draws(), [], [], []
+        for walk, lanes, position in blends:
+            slots += walk.slots[lanes]
+            samples = walk.samples[lanes]
+            draws.want(_KNOWN, walk.job.seed, samples, [walk.job.first_step_index + position] * len(samples))
+        noise = draws.draw(self._elements).reshape(-1, *self._shape)
+        done = 0
+        for walk, lanes, position in blends:
+            assert walk.job.known is not None
+            part = noise[done : done + lanes.stop - lanes.start]
+            values.append(walk.job.known.noised(lanes, position, part))
+            masks.append(np.broadcast_to(walk.job.known.masks(lanes), part.shape))
+            done += len(part)
+        return np.array(slots, np.int64), np.concatenate(masks), np.concatenate(values)
+
     # ---- the call: the device's thread -------------------------------------------------------------------------
 
     def warm(self) -> None:
@@ -347,6 +371,8 @@ class StepRunner:
         pool.grow(prepared.slots)
         if prepared.start_x is not None and prepared.start_h is not None:
             pool.write(np.array(prepared.start_slots), prepared.start_x, prepared.start_h)
+        if prepared.blend is not None:  # once more, if this call fails and its lanes are prepared anew
+            pool.blend(*prepared.blend)
         if self._graph.device.has_memory:
             self._record(prepared.size, held)
             _upload(frame, held)
@@ -394,6 +420,8 @@ class StepRunner:
         rows = results.rows or {name: self._read(prepared, name, results.state) for name in prepared.reads}
         for ending in prepared.endings:
             taken = {name: rows[name][span] for name, span in ending.spans.items()}
+            if (known := ending.walk.job.known) is not None:
+                taken = {name: known.put_into(array, ending.lanes) for name, array in taken.items()}
             if not ending.finished:
                 outcomes[ending.segment] = Outcome(preview=taken["x0"])
                 continue

@@ -10,6 +10,7 @@ from latentd_server import latents as spaces
 from latentd_server import noise, samplers
 from latentd_server.fields import MAX_INT32, Fields, has_label
 from latentd_server.job import Job, Start, StepJob, stages
+from latentd_server.known_pixels import Known, levels
 from latentd_server.options import Walk, read_guidance, read_walk, schedule_of
 from latentd_server.plans import Decoding, Denoising, Diffusing, Encoding, Limits, OutputForm, SampleHead, Sampling
 from latentd_server.schedules import CLEAN
@@ -45,10 +46,11 @@ def sample(
     start = Start(noise_scale=sigma)
     if walk.start is not None:  # SDEdit, arXiv 2108.01073
         start = Start(noise_scale=sigma, values=walk.start if model.decoder is None else None, scale=alpha)
+    table = samplers.descent(schedule, walk.sampler, walk.visited, walk.eta)
     job = StepJob(
         model=model.name,
         lane_count=count,
-        tables=(samplers.descent(schedule, walk.sampler, walk.visited, walk.eta),),
+        tables=(table,),
         start=start,
         seed=head.seed,
         sample_indices=head.indices,
@@ -56,6 +58,7 @@ def sample(
         guidance_scale=walk.guidance_scale,
         guidance_interval=walk.guidance_interval,
         preview_interval=walk.preview_interval,
+        known=None if walk.known is None else Known(*walk.known, levels(schedule, table)),
     )
     whole: Job = job
     samples, latents = "sample", None
@@ -287,8 +290,8 @@ def _check_mode(fields: Fields, mode: generation_service_pb2.OutputMode.ValueTyp
 
 
 def _check_not_sampling(fields: Fields, options: generation_service_pb2.DiffusionOptions) -> None:
-    why = "only Sample starts from a start point and sends previews"
-    fields.absent(options, ("start", "preview_interval_steps"), "diffusion.", why)
+    why = "only Sample starts from a start point, is given known pixels and sends previews"
+    fields.absent(options, ("start", "known", "preview_interval_steps"), "diffusion.", why)
 
 
 def _check_cost(fields: Fields, job: Job, limits: Limits, path: str) -> None:
