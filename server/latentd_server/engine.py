@@ -397,7 +397,9 @@ class Engine:
         """Move the lanes of a call on, and tell what came of it."""
         batch, runner = flight.batch, flight.runner
         failures: dict[int, ServingError] = {}
+        witnesses = [segment.entry.job_id for segment in batch.segments]  # whose rows say something of the device
         if flight.failure is not None or runner is None:
+            witnesses = [job_id for job_id in witnesses if self._scheduler.find(job_id) is not None]
             text = "a batch of %s failed; its segments are run again one by one"
             log.error(text, batch.key[0], exc_info=flight.failure)
             outcomes = self._ride_alone(runner, batch, failures)
@@ -423,8 +425,9 @@ class Engine:
         for job_id, failure in failures.items():
             self._fail(job_id, failure)
         self._post()
-        alive = any(segment.entry.job_id not in failures for segment in batch.segments)
-        self._vain_batches = 0 if alive else self._vain_batches + 1
+        if witnesses:
+            alive = any(job_id not in failures for job_id in witnesses)
+            self._vain_batches = 0 if alive else self._vain_batches + 1
         if self._vain_batches >= _DEVICE_IS_LOST:
             raise DeviceLostError(f"{self._vain_batches} batches in a row failed, each row also alone")
 

@@ -469,6 +469,55 @@ async def test_a_lost_device_ends_the_server_and_one_success_saves_it(root: Path
     await bench.engine.close()
 
 
+class Deserted(Saboteur):
+    """Fails too where a job with seed 777 is in the call, which leaves meanwhile, as it may beside a long call."""
+
+    def __init__(self, inner: StepRunner, engine: Engine) -> None:
+        super().__init__(inner, 666)
+        self._engine = engine
+        self.calls = 0
+
+    def prepare(self, segments: Sequence[Any]) -> tuple[Any, bool]:
+        self._leavers = [segment.entry.job_id for segment in segments if segment.entry.job.seed == 777]
+        return super().prepare(segments)
+
+    def run(self, prepared: tuple[Any, bool]) -> Any:
+        for job_id in self._leavers:
+            self._engine._drop(job_id)
+            self.calls += 1
+            raise RuntimeError("Non-zero status code returned while running Gather node")
+        return super().run(prepared)
+
+
+async def test_a_failed_call_whose_jobs_have_left_says_nothing_of_the_device(root: Path) -> None:
+    """It is no success that starts the count of failures anew, and no failure either."""
+    bench = await Bench.start(root)
+    key = ("tiny-diffusion@1", bundle_pb2.Network.ROLE_DENOISER)
+    runner = Deserted(bench.engine._runners[key], bench.engine)  # type: ignore[arg-type]
+    bench.engine.attach({key: runner})  # type: ignore[dict-item]
+
+    async def leave() -> None:
+        calls = runner.calls
+        job_id = bench.engine.submit(
+            bench.steps("ddim", 1, seed=777), caller="x", deadline=None, sink=lambda event: None
+        )
+        async with asyncio.timeout(30):
+            while runner.calls == calls:
+                await asyncio.sleep(0.001)
+        bench.engine.cancel(job_id)
+
+    for _ in range(9):
+        await leave()
+    for number in range(8):
+        assert not bench.engine.broken.is_set()
+        await leave()
+        with pytest.raises(RuntimeFailureError):
+            await bench.result(bench.steps("ddim", 1, seed=666))
+        assert runner.calls == 10 + number
+    await asyncio.wait_for(bench.engine.broken.wait(), 30)
+    await bench.engine.close()
+
+
 async def test_a_bundle_that_was_seen_but_not_read_is_loading(root: Path) -> None:
     """Between the opening of the ports and the end of loading a model is LOADING, never unknown."""
     engine = Engine(Metrics(), max_rows=MAX_ROWS, max_backlog=1000)
