@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import SHAPE, write_all
+from doors import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from latentd.names import SAMPLERS
@@ -501,9 +502,7 @@ async def test_a_failed_call_whose_jobs_have_left_says_nothing_of_the_device(roo
         job_id = bench.engine.submit(
             bench.steps("ddim", 1, seed=777), caller="x", deadline=None, sink=lambda event: None
         )
-        async with asyncio.timeout(30):
-            while runner.calls == calls:
-                await asyncio.sleep(0.001)
+        await until(lambda: runner.calls > calls)
         bench.engine.cancel(job_id)
 
     for _ in range(9):
