@@ -20,14 +20,15 @@ TINY = {
     "vae": {"width": 8, "hidden": 16, "latent": 3},
     "gan": {"width": 8, "hidden": 16, "latent": 5, "inversion": 1.0},
     "vae_gan": {"width": 8, "hidden": 16, "latent": 3, "discriminator_steps": 0},
+    "infogan": {"width": 8, "hidden": 16, "codes": 3, "noise": 5},
     "diffusion": {"width": 8, "timestep_count": 20},
     "helmholtz": {"lower": 6, "upper": 4, "draws": 3},
     "sigmoid_belief_net": {"lower": 5, "upper": 3, "sweeps": 1, "served_sweeps": 2},
     "predictability_minimization": {"units": 4, "hidden": 16, "predictor_hidden": 4},
     "naive_bayes": {"variance_floor": 0.01},
 }
-CONVOLUTIONAL = ("vae", "gan", "vae_gan", "diffusion")
-GAMES = ("gan", "vae_gan")
+CONVOLUTIONAL = ("vae", "gan", "infogan", "vae_gan", "diffusion")
+GAMES = ("gan", "infogan", "vae_gan")
 FOLLOW_GRADIENTS = [name for name in FAMILIES if name != "naive_bayes"]
 
 
