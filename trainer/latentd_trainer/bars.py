@@ -21,15 +21,28 @@ class Bar:
     metric: str
     limit: float
     at_most: bool = False  # else the metric must be at least `limit`
+    change: bool = False  # the limit is on how far the metric is from that of the model it was tuned from
 
     def __str__(self) -> str:
-        return f"{self.metric} {'<=' if self.at_most else '>='} {self.limit:g}"
+        return f"{'change of ' * self.change}{self.metric} {'<=' if self.at_most else '>='} {self.limit:g}"
 
-    def missed(self, metrics: Mapping[str, float]) -> str:
-        """Why the metrics miss the bar; empty if they clear it."""
-        if self.metric not in metrics:
-            return f"{self}: was not measured"
-        value = metrics[self.metric]
+    def value(self, metrics: Mapping[str, float], start: Mapping[str, float] | None = None) -> float | None:
+        """What the limit is on, if it was measured.
+
+        Args:
+            metrics: The model's.
+            start: Those of the model that it was tuned from, if it was.
+        """
+        before = (start or {}) if self.change else {self.metric: 0.0}
+        if self.metric not in metrics or self.metric not in before:
+            return None
+        return metrics[self.metric] - before[self.metric]
+
+    def missed(self, metrics: Mapping[str, float], start: Mapping[str, float] | None = None) -> str:
+        """Why the metrics miss the bar, see `value`; empty if they clear it."""
+        value = self.value(metrics, start)
+        if value is None:
+            return f"{self}: was not measured" + ", as --against names no model that it was tuned from" * self.change
         clear = value <= self.limit if self.at_most else value >= self.limit  # NaN clears nothing
         return "" if clear else f"{self}: is {value:.4g}"
 
@@ -59,6 +72,12 @@ BARS: "dict[model_pb2.Model.Family.ValueType, list[Bar]]" = {
     ],
     model_pb2.Model.FAMILY_SIGMOID_BELIEF_NET: [Bar("iwae-500", -20.0)],  # nats, ln p(binary image)
     model_pb2.Model.FAMILY_GAN: _samples("", 5.0, 0.88, 0.85, 0.965),
+    model_pb2.Model.FAMILY_VAE_GAN: [
+        Bar("frechet-ratio-mean", 0.0, at_most=True, change=True),
+        Bar("recall-mean", 0.05, change=True),
+        Bar("iwae-500", -1.0, change=True),  # nats, ln p(image | label)
+        Bar("label-agreement-mean", 0.965),
+    ],
     model_pb2.Model.FAMILY_VAE: [
         Bar("iwae-500", -80.5),  # nats, ln p(image | label)
         Bar("smallest-latent-kl", 0.1),  # nats; below this a dimension carries nothing

@@ -92,14 +92,21 @@ def complete(
     card.likelihood.CopyFrom(likelihood)
 
 
+TUNED_FROM = "tuned from"
+"""The relation of the model that another one started from, in `ModelCard.Comparison`."""
+
+
 def record_figures(card: model_pb2.ModelCard, figures: Mapping[str, float], dimensions: int) -> None:
     """Put an evaluation's figures into the card: all as metrics, and as its likelihood the best known of ln p(sample).
+
+    Comparisons with other models are removed, for they were made with the figures of before.
 
     Args:
         card: It is changed.
         figures: By metric. `log-likelihood` is exact; `iwae-K` is the bound of K draws, `elbo` that of one.
         dimensions: Numbers in a sample.
     """
+    del card.comparisons[:]
     card.metrics.clear()
     card.metrics.update(figures)
     for field in ("nats", "bits_per_dimension", "draw_count"):
@@ -115,6 +122,18 @@ def record_figures(card: model_pb2.ModelCard, figures: Mapping[str, float], dime
         card.likelihood.nats = figures["elbo"]
     if card.likelihood.HasField("nats") and card.likelihood.measure == Likelihood.MEASURE_MASS:
         card.likelihood.bits_per_dimension = metrics.bits_per_dimension(card.likelihood.nats, dimensions)
+
+
+def record_comparison(
+    card: model_pb2.ModelCard, relation: str, model: model_pb2.Model, figures: Mapping[str, float]
+) -> None:
+    """Put another model's figures, measured in the same way, beside those of the card."""
+    card.comparisons.add(relation=relation, model=model.name, digest=model.digest, metrics=figures)
+
+
+def start_figures(card: model_pb2.ModelCard) -> Mapping[str, float]:
+    """The figures of the model that this one was tuned from; empty if it was not, or they were not measured."""
+    return next((each.metrics for each in card.comparisons if each.relation == TUNED_FROM), {})
 
 
 def _capability(bundle: bundle_pb2.Bundle, method: Model.Method.ValueType) -> str:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
-from latentd_trainer.checkpoint import Run, load_run
+from latentd_trainer.bundle import BundleError
+from latentd_trainer.checkpoint import CHECKPOINT_FILE, Run, load_run
 from latentd_trainer.export import weights
 from latentd_trainer.families import Family
 
@@ -71,6 +74,20 @@ def of_run(directory: Path | None, name: str, family: type[Family]) -> Start | N
     if run.record.family != family.starts_from:
         raise ValueError(f"{name} goes on from a trained {family.starts_from}; {directory} is {run.record.family}")
     return Start(directory, run)
+
+
+def is_served_by(record: Mapping[str, Any], bundle: Path) -> bool:
+    """Whether a bundle's networks are those that `Start.record` tells of.
+
+    Raises:
+        BundleError: the bundle has no readable checkpoint.
+    """
+    path = bundle / CHECKPOINT_FILE
+    try:
+        tensors = safetensors.torch.load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: cannot be read: {error}") from error
+    return bool(weights_digest(tensors) == record["weights"])
 
 
 def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
