@@ -90,6 +90,27 @@ def read_samples(paths: Sequence[Path], model: Model) -> Array:
     return np.concatenate([_in_range(batch, model) for batch in batches])
 
 
+def read_mask(path: Path, model: Model) -> Array:
+    """Where pixels are known, from a picture, where they are white, or from an array of zeros and ones.
+    Shape [n, *sample], or with one channel.
+
+    Raises:
+        ValueError: the file holds nothing of the shape of this model's samples; names the file.
+        OSError: the file cannot be read.
+    """
+    one_channel = (1, *model.sample_shape[1:])
+    if path.suffix not in (".npz", ".npy"):
+        return (images.read_picture(path, one_channel, (0.0, 1.0))[None] >= 0.5).astype(np.uint8)
+    array = read_array(path, "mask", None)
+    if array.shape in (model.sample_shape, one_channel):
+        array = array[None]
+    if array.shape[1:] not in (model.sample_shape, one_channel):
+        extents = ", ".join(map(str, model.sample_shape[1:]))
+        channels = " or ".join(dict.fromkeys(("1", str(model.sample_shape[0]))))
+        raise ValueError(f"{path}: mask must have shape [{channels}, {extents}], has {list(array.shape)}")
+    return array
+
+
 def read_array(path: Path, name: str, shape: tuple[int, ...] | None) -> Array:
     """A batch from an `.npz` (the array called `name`, or the only one) or `.npy` file. Shape [n, *shape].
 

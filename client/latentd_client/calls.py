@@ -104,9 +104,12 @@ class Calls:
         steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
         eta: float | None = None,
         start: ArrayLike | None = None,
         strength: float | None = None,
+        known: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
         previews: int = 0,
         output: Output = "mean",
         dtype: DTypeLike | None = None,
@@ -132,11 +135,15 @@ class Calls:
             steps: solver steps.
             timesteps: the timesteps to visit instead, falling strictly.
             guidance: scale of classifier-free guidance; 1 is none.
+            guidance_interval: first and last timestep to guide at; elsewhere a step costs half as much. All if None.
             eta: fresh noise per step, 0 (none) to 1 (ancestral).
             start: samples to start from instead of pure noise. Shape [n, *sample], or [1, *sample] for all.
             strength: share of the schedule to run from `start`, in (0, 1].
+            known: samples of which part is given, for inpainting; with `mask`. Shapes as those of `start`.
+            mask: True or 1 where `known` is given. Shape [n, *sample] or [1, *sample], or one channel for all.
             previews: send the estimate of x0 after every this many steps; 0 is never. For `sample_stream`.
-            output: the mean of p(sample | latent), or a draw from it.
+            output: the mean of p(sample | latent), or a draw from it; "latent" gives what a model with a
+                `Model.latent_space` walks over.
             dtype: element type to receive; uint8 maps the value range to 0..255.
             first_index: index of the first sample; continues an earlier request of the same seed.
             timeout: seconds for the whole call.
@@ -146,7 +153,7 @@ class Calls:
             LatentdError: see `latentd_client.errors` for the kinds.
         """
         yield Within(timeout, priority)
-        known = yield from self._look_up(model)
+        about = yield from self._look_up(model)
         fields = Fields()
         count = fields.integer("sample_count", (messages.label_count(label) or 1) if n is None else n)
         if count < 1:
@@ -162,18 +169,21 @@ class Calls:
                 steps=steps,
                 timesteps=timesteps,
                 guidance=guidance,
+                guidance_interval=guidance_interval,
                 eta=eta,
                 previews=previews,
                 start=start,
                 strength=strength,
-                item_shape=known.sample_shape,
+                known=known,
+                mask=mask,
+                item_shape=about.sample_shape,
             ),
             output_data_type=fields.data_type(dtype),
             output_mode=fields.output_mode(output),
             first_sample_index=fields.integer("first_sample_index", first_index),
         )
         fields.check()
-        return SampleRun(request, known)
+        return SampleRun(request, about)
 
     def reproduce(
         self, samples: Samples, *, timeout: float | None = None, priority: Priority | None = None
@@ -205,6 +215,7 @@ class Calls:
         steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
         timeout: float | None = None,
         priority: Priority | None = None,
     ) -> Program[Encoded]:
@@ -220,6 +231,7 @@ class Calls:
             steps: diffusion models: steps of the inversion.
             timesteps: the timesteps to visit instead.
             guidance: scale of classifier-free guidance.
+            guidance_interval: first and last timestep to guide at, both included; all if None.
             timeout: seconds for the whole call.
             priority: how it shares the device with others.
 
@@ -236,7 +248,9 @@ class Calls:
             samples=fields.tensor("samples", samples, known.sample_shape),
             seed=None if seed is None else fields.seed(seed),
             condition=fields.condition(label, codes),
-            diffusion=fields.walk(steps=steps, timesteps=timesteps, guidance=guidance),
+            diffusion=fields.walk(
+                steps=steps, timesteps=timesteps, guidance=guidance, guidance_interval=guidance_interval
+            ),
             forward_timestep=None if forward_timestep is None else fields.integer("forward_timestep", forward_timestep),
         )
         fields.check()
@@ -254,6 +268,7 @@ class Calls:
         steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
         output: Output = "mean",
         dtype: DTypeLike | None = None,
         timeout: float | None = None,
@@ -270,6 +285,7 @@ class Calls:
             steps: diffusion models: steps from noise to data.
             timesteps: the timesteps to visit instead.
             guidance: scale of classifier-free guidance.
+            guidance_interval: first and last timestep to guide at, both included; all if None.
             output: the mean of p(sample | latent), or a draw from it.
             dtype: element type to receive; uint8 maps the value range to 0..255.
             timeout: seconds for the whole call.
@@ -288,7 +304,9 @@ class Calls:
             latents=fields.tensor("latents", latents, known.latent_shape),
             seed=None if seed is None else fields.seed(seed),
             condition=fields.condition(label, codes),
-            diffusion=fields.walk(steps=steps, timesteps=timesteps, guidance=guidance),
+            diffusion=fields.walk(
+                steps=steps, timesteps=timesteps, guidance=guidance, guidance_interval=guidance_interval
+            ),
             output_mode=fields.output_mode(output),
             output_data_type=fields.data_type(dtype),
         )
@@ -360,6 +378,7 @@ class Calls:
         codes: Sequence[float] = (),
         seed: int | None = None,
         draws: int = 0,
+        timestep_count: int = 0,
         timeout: float | None = None,
         priority: Priority | None = None,
     ) -> Program[Scores]:
@@ -372,6 +391,7 @@ class Calls:
             codes: continuous codes to condition on.
             seed: what a Monte Carlo estimate draws from; None counts as 0, so that scores compare.
             draws: Monte Carlo draws per sample; 0 is the model's default.
+            timestep_count: diffusion models: estimate the bound, without bias, from so many timesteps a draw; 0 is all.
             timeout: seconds for the whole call.
             priority: how it shares the device with others.
 
@@ -387,10 +407,11 @@ class Calls:
             condition=fields.condition(label, codes),
             seed=fields.seed(0 if seed is None else seed),
             draw_count=fields.integer("draw_count", draws),
+            timestep_count=fields.integer("timestep_count", timestep_count),
         )
         fields.check()
         response: pb.ScoreResponse = yield Unary("Score", request)
-        return messages.read_scores(response)
+        return messages.read_scores(response, known)
 
     def model(self, name: str, *, timeout: float | None = None) -> Program[Model]:
         """Ask for one model: what it is, what it can do, and its card. Always asks the server, for states change.

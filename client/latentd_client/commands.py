@@ -75,6 +75,10 @@ LabelOption = Annotated[
 ]
 StepsOption = Annotated[int | None, typer.Option(help="Solver steps (diffusion).")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guidance scale (diffusion).")]
+IntervalOption = Annotated[
+    tuple[int, int] | None,
+    typer.Option(metavar="FIRST LAST", help="Guide from this timestep to that one; at all if not given (diffusion)."),
+]
 SamplerOption = Annotated[str | None, typer.Option(help="How to walk from noise to data (diffusion).")]
 EtaOption = Annotated[float | None, typer.Option(help="Fresh noise per step, 0 to 1 (diffusion).")]
 OutOption = Annotated[
@@ -82,6 +86,7 @@ OutOption = Annotated[
 ]
 ColumnsOption = Annotated[int | None, typer.Option(help="Images in a row of the grid.")]
 ScaleOption = Annotated[int | None, typer.Option(help="Enlarge every pixel by this; a legible size if not given.")]
+TERMS = ("prior", "diffusion", "reconstruction")
 FilesArgument = Annotated[list[Path], typer.Argument(help="Pictures, .npy, or .npz with an array called samples.")]
 
 
@@ -113,9 +118,16 @@ def sample(
     steps: StepsOption = None,
     sampler: SamplerOption = None,
     guidance: GuidanceOption = None,
+    guidance_interval: IntervalOption = None,
     eta: EtaOption = None,
     temperature: Annotated[float | None, typer.Option(help="Scale of the prior (not diffusion).")] = None,
     draw: Annotated[bool, typer.Option("--draw", help="Draw from p(sample | latent) instead of its mean.")] = False,
+    known: Annotated[
+        Path | None, typer.Option(help="File of a sample of which part is given, for inpainting; with --mask.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Where --known is given: white in a picture, 1 in an .npz or .npy file.")
+    ] = None,
     first: Annotated[int, typer.Option(help="Index of the first sample; continues an earlier run.")] = 0,
     out: OutOption = [Path("samples.png")],  # noqa: B006  # typer copies it
     columns: ColumnsOption = None,
@@ -125,12 +137,14 @@ def sample(
     session: Session = context.obj
     arguments.check_outputs(out)
     with session.client() as client:
-        known = client.model(model)
-        labels, total = arguments.labels_and_count(label, known, count)
-        previews = preview_interval(known, total, steps) if session.terminal.err.is_terminal else 0
+        about = client.model(model)
+        labels, total = arguments.labels_and_count(label, about, count)
+        previews = preview_interval(about, total, steps) if session.terminal.err.is_terminal else 0
+        given = None if known is None else arguments.read_samples([known], about)
+        shown = None if mask is None else arguments.read_mask(mask, about)
         progress_by_sample = np.zeros(max(total, 0))
         parts: list[Samples] = []
-        with session.terminal.progress(f"sampling {known.name}", total) as bar:
+        with session.terminal.progress(f"sampling {about.name}", total) as bar:
             for event in client.sample_stream(
                 model,
                 total,
@@ -139,9 +153,12 @@ def sample(
                 steps=steps,
                 sampler=sampler,
                 guidance=guidance,
+                guidance_interval=guidance_interval,
                 eta=eta,
                 temperature=temperature,
                 output="draw" if draw else "mean",
+                known=given,
+                mask=shown,
                 first_index=first,
                 previews=previews,
             ):
@@ -154,7 +171,7 @@ def sample(
     samples = assemble(parts, total)
     facts = samples.facts() | stats_facts(samples.stats)
     brief = {"model": samples.model, "samples": total, "seed": samples.seed, "class": samples.determinism_class}
-    columns = arguments.grid_columns(label, columns, known)
+    columns = arguments.grid_columns(label, columns, about)
     write(session.terminal, samples, out, columns, scale, facts, brief)
 
 
@@ -204,6 +221,7 @@ def decode(
     seed: SeedOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
+    guidance_interval: IntervalOption = None,
     draw: Annotated[bool, typer.Option("--draw", help="Draw from p(sample | latent) instead of its mean.")] = False,
     out: OutOption = [Path("decoded.png")],  # noqa: B006  # typer copies it
     columns: ColumnsOption = None,
@@ -223,6 +241,7 @@ def decode(
             seed=seed,
             steps=steps,
             guidance=guidance,
+            guidance_interval=guidance_interval,
             output="draw" if draw else "mean",
         )
     facts = decoded.facts() | {"model": known.name, "seed": decoded.seed} | stats_facts(decoded.stats)
@@ -241,6 +260,7 @@ def denoise(
     steps: StepsOption = None,
     sampler: SamplerOption = None,
     guidance: GuidanceOption = None,
+    guidance_interval: IntervalOption = None,
     eta: EtaOption = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Show the estimate of x0 at each step instead of x_t.")
@@ -264,6 +284,7 @@ def denoise(
             steps=steps,
             sampler=sampler,
             guidance=guidance,
+            guidance_interval=guidance_interval,
             eta=eta,
         )
         across = arguments.grid_columns(label, columns, known)
@@ -289,6 +310,9 @@ def score(
     label: LabelOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of a Monte Carlo estimate; 0 if not given.")] = None,
     draws: Annotated[int, typer.Option(help="Monte Carlo draws per sample; 0 is the model's default.")] = 0,
+    timestep_count: Annotated[
+        int, typer.Option("--timesteps", help="Estimate a bound from so many of its timesteps; 0 is all (diffusion).")
+    ] = 0,
 ) -> None:
     """Rate samples: a likelihood, a bound on it, or a critic's opinion."""
     session: Session = context.obj
@@ -296,13 +320,18 @@ def score(
         known = client.model(model)
         batch = arguments.read_samples(files, known)
         labels, _ = arguments.labels_and_count(label, known, len(batch))
-        scores = client.score(model, batch, label=labels, seed=seed, draws=draws)
+        scores = client.score(model, batch, label=labels, seed=seed, draws=draws, timestep_count=timestep_count)
     values = scores.values.tolist()
+    facts: dict[str, Any] = {"model": known.name, "kind": scores.kind, "values": values}
     brief: dict[str, Any] = {"model": known.name, "kind": scores.kind, "mean": f"{scores.values.mean():.6g}"}
+    if scores.bits_per_dimension is not None:
+        facts["bits_per_dimension"] = scores.bits_per_dimension.tolist()
+        brief["bits per dimension"] = f"{scores.bits_per_dimension.mean():.4g}"
+    if scores.terms is not None:
+        facts["terms"] = {name: getattr(scores.terms, name).tolist() for name in TERMS}
+        brief |= {name: f"{getattr(scores.terms, name).mean():.6g}" for name in TERMS}
     brief |= {str(index): f"{value:.6g}" for index, value in enumerate(values)}
-    session.terminal.show(
-        {"model": known.name, "kind": scores.kind, "values": values} | stats_facts(scores.stats), facts_table(brief, [])
-    )
+    session.terminal.show(facts | stats_facts(scores.stats), facts_table(brief, []))
 
 
 @app.command()

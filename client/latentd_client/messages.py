@@ -18,12 +18,12 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from latentd_client import errors
 from latentd_client.model import Model, enum_name
-from latentd_client.results import Decoded, Encoded, LoopStep, Scores, Stats, Step
+from latentd_client.results import Decoded, Encoded, LoopStep, Scores, Stats, Step, VariationalTerms
 
 Array = NDArray[Any]
 Label = int | Sequence[int] | NDArray[np.integer[Any]] | None
 """One label for all, one for each sample, or None: unconditional."""
-Output = Literal["mean", "draw"]
+Output = Literal["mean", "draw", "latent"]
 
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
@@ -31,7 +31,7 @@ _SAMPLE_TYPES = {
     tensor.DTYPES[data_type]: data_type
     for data_type in (tensor_pb2.DATA_TYPE_FLOAT32, tensor_pb2.DATA_TYPE_FLOAT16, tensor_pb2.DATA_TYPE_UINT8)
 }
-_OUTPUT_MODES = {"mean": pb.OUTPUT_MODE_MEAN, "draw": pb.OUTPUT_MODE_DRAW}
+_OUTPUT_MODES = {"mean": pb.OUTPUT_MODE_MEAN, "draw": pb.OUTPUT_MODE_DRAW, "latent": pb.OUTPUT_MODE_LATENT}
 
 
 @dataclass(slots=True)
@@ -142,10 +142,13 @@ class Fields:
         steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
         eta: float | None = None,
         previews: int = 0,
         start: ArrayLike | None = None,
         strength: float | None = None,
+        known: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
         item_shape: tuple[int, ...] | None = None,
     ) -> pb.DiffusionOptions | None:
         """How a diffusion model is to walk; None if nothing is said, as other models want it."""
@@ -161,9 +164,27 @@ class Fields:
         )
         if start is not None:
             options.start.samples.CopyFrom(self.tensor("diffusion.start.samples", start, item_shape))
+        if guidance_interval is not None:
+            path, ends = "diffusion.guidance_interval", tuple(guidance_interval)
+            if len(ends) != 2:
+                self.wrong(path, f"must be the first and the last timestep, got {len(ends)} values")
+            else:
+                options.guidance_interval.min_timestep = self.integer(f"{path}.min_timestep", ends[0])
+                options.guidance_interval.max_timestep = self.integer(f"{path}.max_timestep", ends[1])
         if strength is not None:
             options.start.strength = self.number("diffusion.start.strength", strength)
+        if known is not None:
+            options.known.samples.CopyFrom(self.tensor("diffusion.known.samples", known, item_shape))
+        if mask is not None:
+            options.known.mask.CopyFrom(self._mask(mask, item_shape))
         return options if options.ByteSize() else None
+
+    def _mask(self, mask: ArrayLike, item_shape: tuple[int, ...] | None) -> tensor_pb2.Tensor:
+        array = np.asarray(mask)
+        if array.dtype == np.bool_:
+            array = array.astype(np.uint8)
+        single = item_shape is not None and array.shape == (1, *item_shape[1:])
+        return self.tensor("diffusion.known.mask", array[None] if single else array, item_shape)
 
 
 def label_count(label: Label) -> int | None:
@@ -263,12 +284,18 @@ def read_loop_step(state: pb.LoopState, model: Model) -> LoopStep:
     )
 
 
-def read_scores(response: pb.ScoreResponse) -> Scores:
+def read_scores(response: pb.ScoreResponse, model: Model) -> Scores:
     """Result of Score."""
+    terms = None
+    if response.HasField("terms"):
+        parts = response.terms.prior, response.terms.diffusion, response.terms.reconstruction
+        terms = VariationalTerms(*(np.array(part, np.float64) for part in parts))
     return Scores(
         values=np.array(response.values, np.float64),
         kind=enum_name(pb.ScoreResponse.Type, response.type, "TYPE_"),
         stats=read_stats(response.stats),
+        dimensions=math.prod(model.sample_shape),
+        terms=terms,
     )
 
 

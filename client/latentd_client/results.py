@@ -5,6 +5,7 @@ Results compare by identity: arrays have no single truth value.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +159,7 @@ class Samples(ImageBatch):
         request.CopyFrom(self.resolved_request)
         if request.diffusion.HasField("start"):
             request.diffusion.start.ClearField("samples")
+        request.diffusion.ClearField("known")
         return super().facts() | {
             "model": self.model,
             "seed": self.seed,
@@ -229,12 +231,30 @@ class LoopStep(Step):
 
 
 @dataclass(frozen=True, eq=False)
+class VariationalTerms:
+    """What a diffusion model's bound consists of, in nats: value = -(prior + diffusion + reconstruction)."""
+
+    prior: NDArray[np.float64]  # [n]; L_T
+    diffusion: NDArray[np.float64]  # [n]; L_1 + ... + L_{T-1}
+    reconstruction: NDArray[np.float64]  # [n]; L_0
+
+
+@dataclass(frozen=True, eq=False)
 class Scores:
     """One number for each sample."""
 
     values: NDArray[np.float64]  # [n]
     kind: str  # log-likelihood (nats), evidence-lower-bound (nats) or real-probability
     stats: Stats
+    dimensions: int  # elements of a sample
+    terms: VariationalTerms | None = None  # diffusion models only
+
+    @property
+    def bits_per_dimension(self) -> NDArray[np.float64] | None:
+        """A likelihood or a bound as bits for each element, lower being better, [n]; None for an opinion."""
+        if self.kind == "real-probability":
+            return None
+        return -self.values / (self.dimensions * math.log(2))
 
     @property
     def array(self) -> NDArray[np.float64]:

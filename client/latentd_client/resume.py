@@ -96,6 +96,8 @@ class SampleRun:
             resolved.CopyFrom(message.resolved_request)
             if self.request.diffusion.HasField("start"):
                 resolved.diffusion.start.samples.CopyFrom(self.request.diffusion.start.samples)
+            if self.request.diffusion.HasField("known"):
+                resolved.diffusion.known.CopyFrom(self.request.diffusion.known)
         else:
             resolved = before.resolved_request  # this message answers a part; the whole was resolved before
         if before is None or self.one_class:
@@ -186,9 +188,10 @@ def part_of(request: pb.SampleRequest, first: int, stop: int) -> pb.SampleReques
     if len(request.condition.class_labels) == request.sample_count:
         del part.condition.class_labels[:]
         part.condition.class_labels.extend(request.condition.class_labels[first:stop])
-    start = request.diffusion.start.samples
-    if start.shape and start.shape[0] == request.sample_count:
-        part.diffusion.start.samples.CopyFrom(tensor.encode(tensor.decode(start)[first:stop]))
+    walk = part.diffusion
+    for given in (walk.start.samples, walk.known.samples, walk.known.mask):
+        if given.shape and given.shape[0] == request.sample_count:
+            given.CopyFrom(tensor.encode(tensor.decode(given)[first:stop]))
     return part
 
 
