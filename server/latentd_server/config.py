@@ -135,8 +135,8 @@ class Config(BaseModel):
         30.0,
         ge=0,
         le=86_400,
-        description="seconds a call whose reader lags far behind may go on without a message being read before it is "
-        "given up; 0 is for ever",
+        description="seconds in which a reader that lags far behind must take 1 MiB, or its call is given up; "
+        "0 is for ever",
     )
     drain_seconds: float = Field(
         60.0, ge=0, le=86_400, description="seconds that accepted work may take after SIGTERM before it is given up"

@@ -2,7 +2,7 @@
 look at each sample is kept, so that a slow reader skips frames and loses nothing.
 
 gRPC itself runs some megabytes ahead of a reader that has stopped; the outbox bounds what waits behind that. It
-says when it is full, so that the owner stops making more, and when there is room again. If it is full and nothing is
+says when it is full, so that the owner stops making more, and when there is room again. If it is full and too little is
 read for too long, it gives the reader up: what sits out for one reader counts against everybody.
 """
 
@@ -33,6 +33,8 @@ CallLater = Callable[[float, Callable[[], None]], Timer]
 
 MESSAGE_BYTES = 2048
 """What a message takes in memory beside its payload, about; of small samples it is most of what waits."""
+LEAST_SHARE = 8
+"""Of what may wait for a reader, it must take this part in every `reader_timeout` while more than that waits."""
 _PACK_BYTES = 2**20
 _PACK_MESSAGES = 256
 """How much is packed into one message, about: enough to share its cost, and little to wait for."""
@@ -52,7 +54,7 @@ class Outbox:
     ) -> None:
         """`on_full` is told True when more than the limit waits, and False once half of it is gone.
 
-        `reader_timeout_s` is how long it may be full without a write finishing; 0 is for ever.
+        `reader_timeout_s` is how long the reader may take over an eighth of the limit while it is full; 0 is for ever.
         """
         self._limit_bytes = limit_bytes
         self._limit_messages = limit_messages
@@ -70,6 +72,8 @@ class Outbox:
         self._delivery: asyncio.Timeout | None = None
         self._timer: Timer | None = None
         self._hurried = False
+        self._least_bytes = limit_bytes // LEAST_SHARE
+        self._taken = 0  # bytes, since the timer was set
         self.full = False
         self.pack: Callable[[list[Any]], Any] | None = None
         """Makes one message of several that wait; None for a reader that takes them one by one."""
@@ -95,7 +99,7 @@ class Outbox:
             self._wake()
 
     def hurry(self) -> None:
-        """Give the reader up too if it stands still while little waits: all is there, and the server is to go."""
+        """Give the reader up too if it is slow while little waits: all is there, and the server is to go."""
         self._hurried = True
         self._watch()
 
@@ -107,7 +111,7 @@ class Outbox:
         """Write every message, each when the one before it is written, until nothing more will come.
 
         Raises:
-            ReaderTooSlowError: it was full, or hurried, for too long without a write finishing; what waits is dropped.
+            ReaderTooSlowError: it was full, or hurried, and too little was read for too long; what waits is dropped.
             Exception: what it was closed with.
         """
         try:
@@ -131,9 +135,11 @@ class Outbox:
         """The next message. Asking for it says that the one before it has been written."""
         if self._writing:
             self._bytes -= self._writing
+            self._taken += self._writing
             self._writing = 0
             self._measure()
-        self._watch()
+        if self._timer is None or self._taken >= self._least_bytes:
+            self._watch()
         while True:
             if not self._waiting:
                 if self._closed:
@@ -173,7 +179,8 @@ class Outbox:
             self._arrival.set_result(None)
 
     def _watch(self) -> None:
-        """Give the write under way its time from now on; all the time there is, unless somebody else waits for it."""
+        """Give the reader its time from now on; all the time there is, unless somebody else waits for it."""
+        self._taken = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -102,10 +102,12 @@ class QuotaExceededError(ServingError):
 
 
 class ReaderTooSlowError(ServingError):
-    """The reader stood still while much waited for it, or a drain; what was still done for it is given up."""
+    """The reader took next to nothing while much waited for it, or a drain; what was still done for it is given up."""
 
     def __init__(self, timeout_s: float) -> None:
-        super().__init__(f"the server waits for what it has sent to be read, and nothing was read for {timeout_s:g} s")
+        super().__init__(
+            f"the server waits for what it has sent to be read, and too little was read in {timeout_s:g} s"
+        )
         self.timeout_s = timeout_s
 
 

@@ -6,7 +6,7 @@ exactly one `final` message. The rules:
 * an error ends its own id only; a message that names an id wrongly (one in use, an open loop where there is none)
   is refused with an error that leaves the id's own request alone, and is not `final` while that goes on;
 * when the client half-closes, what was accepted is finished; loops left open are then given up, and told so;
-* nothing more is read while much waits to be written; a client that reads nothing meanwhile is given up;
+* nothing more is read while much waits to be written; a client that hardly reads meanwhile is given up;
 * a message costs more than a small request in it, so both sides may send several in one. Nobody waits for that: what
   has gathered while the message before was written goes out together.
 """
@@ -67,7 +67,7 @@ class Session:
         """Serve the stream until both sides are done with it.
 
         Raises:
-            ReaderTooSlowError: the client reads nothing.
+            ReaderTooSlowError: the client hardly reads.
         """
         reader = asyncio.create_task(self._read(requests))
         try:

@@ -180,7 +180,7 @@ async def test_a_reader_that_stands_still_is_given_up() -> None:
     await asyncio.sleep(0)
     assert not task.done()
     clock.pass_by(1)
-    with pytest.raises(ReaderTooSlowError, match="nothing was read for 30 s"):
+    with pytest.raises(ReaderTooSlowError, match="too little was read in 30 s"):
         await asyncio.wait_for(task, 5)
     assert reader.written == []
     outbox.close()
@@ -188,8 +188,40 @@ async def test_a_reader_that_stands_still_is_given_up() -> None:
     assert clock.waits == 0
 
 
+async def sipped(messages: int, a_sip: int) -> tuple[list[int], int]:
+    """What a reader was given that takes so many messages of 4 bytes every 29 s, and how often it was asked."""
+    clock, reader = Clock(), Reader()
+    outbox = box(1600, clock=clock)
+    for value in range(messages):
+        outbox.put(message(value), 4)
+    task = asyncio.create_task(outbox.deliver(reader.write))
+    await reader.take(0)
+    await asyncio.sleep(0)
+    sips = 0
+    while outbox.full and not task.done():
+        clock.pass_by(29)
+        await reader.take(a_sip)
+        sips += 1
+    outbox.close()
+    if not task.done():
+        await reader.take(messages - sips * a_sip)
+    await asyncio.wait_for(task, 5)
+    return reader.written, sips
+
+
+async def test_a_reader_that_takes_a_little_now_and_then_is_given_up() -> None:
+    """An eighth of what may wait, in the time allowed, is the least; so a reader holds others up for a bounded time."""
+    with pytest.raises(ReaderTooSlowError, match="too little was read in 30 s"):
+        await sipped(messages=500, a_sip=1)
+    with pytest.raises(ReaderTooSlowError):
+        await sipped(messages=500, a_sip=24)
+    written, sips = await sipped(messages=500, a_sip=50)
+    assert written == list(range(500))
+    assert sips == 6  # until 800 bytes of 2000 are left
+
+
 async def test_every_write_gives_a_slow_reader_its_time_anew() -> None:
-    """A reader that takes a message now and then is served to the end, however long that takes."""
+    """A reader that takes an eighth of what may wait now and then is served to the end, however long that takes."""
     clock, reader = Clock(), Reader()
     outbox = box(clock=clock)
     task = await delivering(outbox, reader, 9)
@@ -231,7 +263,7 @@ async def test_in_a_hurry_a_reader_that_stands_still_is_given_up_too() -> None:
     await asyncio.sleep(0)
     assert not task.done()
     clock.pass_by(1)
-    with pytest.raises(ReaderTooSlowError, match="nothing was read for 30 s"):
+    with pytest.raises(ReaderTooSlowError, match="too little was read in 30 s"):
         await asyncio.wait_for(task, 5)
     assert reader.written == [0]
 
