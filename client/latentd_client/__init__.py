@@ -37,7 +37,19 @@ from latentd_client.errors import (
     Violation,
 )
 from latentd_client.model import Model
-from latentd_client.results import Accepted, Decoded, Encoded, Event, LoopStep, Preview, Samples, Scores, Stats, Step
+from latentd_client.results import (
+    Accepted,
+    Decoded,
+    Encoded,
+    Event,
+    LoopStep,
+    Preview,
+    Samples,
+    Scores,
+    Stats,
+    Step,
+    VariationalTerms,
+)
 from latentd_client.retries import Retries
 from latentd_client.sync import Client, DenoiseLoop
 
@@ -83,5 +95,6 @@ __all__ = [
     "Stats",
     "Step",
     "Unauthenticated",
+    "VariationalTerms",
     "Violation",
 ]

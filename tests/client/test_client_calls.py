@@ -77,6 +77,7 @@ def test_every_option_is_sent(client: Any, server: FakeServer) -> None:
         sampler="ddpm",
         steps=4,
         guidance=2.5,
+        guidance_interval=(2, 7),
         eta=0.25,
         start=start,
         strength=0.6,
@@ -90,6 +91,7 @@ def test_every_option_is_sent(client: Any, server: FakeServer) -> None:
     assert sent.temperature == 0.7
     assert (sent.diffusion.sampler, sent.diffusion.step_count) == ("ddpm", 4)
     assert (sent.diffusion.guidance_scale, sent.diffusion.eta) == (2.5, 0.25)
+    assert sent.diffusion.guidance_interval == pb.GuidanceInterval(min_timestep=2, max_timestep=7)
     assert list(sent.diffusion.start.samples.shape) == [1, *SHAPE]
     assert sent.diffusion.start.strength == 0.6
     assert sent.output_mode == pb.OUTPUT_MODE_DRAW
@@ -245,6 +247,19 @@ def test_score_says_what_the_values_are(client: Any, server: FakeServer) -> None
     np.testing.assert_allclose(scores.values, samples.reshape(3, -1).sum(axis=1), rtol=1e-6)
     assert scores.kind == "evidence-lower-bound"
     assert (server.requests("Score")[0].seed, server.requests("Score")[0].draw_count) == (0, 8)
+    assert scores.bits_per_dimension is not None
+    np.testing.assert_allclose(scores.bits_per_dimension, -scores.values / 16 / np.log(2))
+    assert scores.terms is None
+
+
+def test_an_interval_is_a_first_and_a_last_timestep(client: Any) -> None:
+    """Anything else is refused here, with everything else that is wrong."""
+    with pytest.raises(FieldsInvalid) as caught:
+        client.sample("toy-diffusion", guidance=2, guidance_interval=(1, 2, 3), eta=float("nan"))
+    assert {violation.path for violation in caught.value.violations} == {
+        "diffusion.guidance_interval",
+        "diffusion.eta",
+    }
 
 
 def test_models_pages_through_the_catalogue(client: Any, server: FakeServer) -> None:

@@ -94,12 +94,14 @@ def test_sample_writes_pictures_and_arrays(run: Run) -> None:
 
 def test_every_option_of_sample_is_sent(run: Run, server: FakeServer) -> None:
     """Options arrive in the request; those not given stay unset."""
-    walk = ["--steps", 4, "--sampler", "ddpm", "--guidance", 2, "--eta", 0.5]
+    walk = ["--steps", 4, "--sampler", "ddpm", "--guidance", 2, "--guidance-interval", 1, 6, "--eta", 0.5]
     run("sample", "toy-diffusion", "-n", 2, "--label", "class 4", *walk, "--draw", "--first", 8, "-o", "a.npy")
     sent = server.requests("Sample")[0]
     assert sent.condition.class_label == 4
     assert (sent.diffusion.step_count, sent.diffusion.sampler) == (4, "ddpm")
     assert (sent.diffusion.guidance_scale, sent.diffusion.eta) == (2.0, 0.5)
+    interval = sent.diffusion.guidance_interval
+    assert (interval.min_timestep, interval.max_timestep) == (1, 6)
     assert (sent.output_mode, sent.first_sample_index) == (2, 8)
     run("sample", "toy", "--temperature", 0.5, "-o", "a.npy")
     sent = server.requests("Sample")[1]
@@ -127,6 +129,7 @@ def test_encode_decode_and_score_pass_files_along(run: Run) -> None:
         scores = answer(run("--json", "score", "toy", "a.npz"))
     np.testing.assert_allclose(scores["values"], expected.sum(axis=1), rtol=1e-5)
     assert scores["kind"] == "evidence-lower-bound"
+    np.testing.assert_allclose(scores["bits_per_dimension"], -np.array(scores["values"]) / 16 / np.log(2))
     Image.fromarray(np.full((4, 4), 255, np.uint8)).save("white.png")
     assert answer(run("--json", "score", "toy", "white.png", "white.png"))["values"] == [16.0, 16.0]
 

@@ -205,6 +205,20 @@ def test_a_killed_server_costs_nothing_but_time(process: Process) -> None:
     np.testing.assert_array_equal(last.state, whole.array)
 
 
+def test_a_diffusion_model_is_scored_by_its_bound(client: Client) -> None:
+    """In nats and in bits for each element, with the parts that it consists of; fewer timesteps cost less."""
+    samples = client.sample("tiny-diffusion", 2, seed=7, guidance=2, guidance_interval=(20, 60))
+    assert 2 * 10 < samples.stats.evaluations < 4 * 10
+    scores = client.score("tiny-diffusion", samples.array, draws=2, timestep_count=12)
+    assert scores.stats.evaluations == 2 * 2 * 12
+    assert scores.kind == "evidence-lower-bound"
+    assert scores.terms is not None
+    parts = scores.terms.prior + scores.terms.diffusion + scores.terms.reconstruction
+    np.testing.assert_array_equal(scores.values, -parts)
+    assert scores.bits_per_dimension is not None
+    np.testing.assert_allclose(scores.bits_per_dimension, parts / (scores.dimensions * np.log(2)))
+
+
 def every_kind(client: AsyncClient, count: int) -> list[Any]:
     """So many calls of every kind, none of which draws by chance; not yet awaited."""
     calls: list[Any] = []
@@ -214,6 +228,7 @@ def every_kind(client: AsyncClient, count: int) -> list[Any]:
             client.encode("tiny-vae", noise, seed=seed),
             client.decode("tiny-vae", np.zeros(bundles.LATENT), seed=seed, output="draw"),
             client.score("tiny-vae", noise, seed=seed),
+            client.score("tiny-diffusion", noise, seed=seed, timestep_count=5),
             client.denoise_step("tiny-diffusion", noise, 50, 20, label=1, eta=1.0, seed=seed),
         ]
     return calls
@@ -225,7 +240,7 @@ def tensors(answer: Any) -> list[Any]:
 
 
 async def test_shared_streams_change_no_answer(process: Process) -> None:
-    """200 calls of every kind at a time, with refused ones among them, give the bytes and the errors of plain calls."""
+    """250 calls of every kind at a time, with refused ones among them, give the bytes and the errors of plain calls."""
 
     def everything(client: AsyncClient) -> list[Any]:
         wrong = [
@@ -244,7 +259,7 @@ async def test_shared_streams_change_no_answer(process: Process) -> None:
             assert str(ours) == str(theirs)
         for one, other in zip(tensors(ours), tensors(theirs), strict=True):
             np.testing.assert_array_equal(one, other)
-    assert {type(theirs) for theirs in wanted[200:]} <= {FieldsInvalid, MethodUnsupported}
+    assert {type(theirs) for theirs in wanted[250:]} <= {FieldsInvalid, MethodUnsupported}
 
 
 async def test_a_server_may_take_few_requests_on_a_stream(tmp_path: Path) -> None:
