@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from latentd_trainer import metrics
-from scipy import stats
+from scipy import ndimage, stats
 
 
 def normal_rows(mean: np.ndarray, covariance: np.ndarray, count: int = 200) -> np.ndarray:
@@ -169,3 +169,20 @@ def test_mutual_information_of_units() -> None:
 def test_codes_near_their_ends_are_counted() -> None:
     """Half of these lie within .1 of 0 or of 1."""
     assert metrics.near_binary_share(np.array([[0.0, 0.05, 0.2], [0.5, 0.95, 0.85]])) == 0.5
+
+
+def test_laplacian_power_is_that_of_scipy_s_laplacian() -> None:
+    """Over inner pixels, every channel; zero for a plane, and lower for a blurred image."""
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 2, 6, 5)).astype(np.float32)
+    expected = ndimage.laplace(images.astype(np.float64), axes=(2, 3))[:, :, 1:-1, 1:-1]
+    assert metrics.laplacian_power(images) == pytest.approx(np.square(expected).mean(), rel=1e-5)
+    blurred = ndimage.gaussian_filter(images, (0, 0, 1, 1))
+    assert metrics.laplacian_power(blurred) < 0.3 * metrics.laplacian_power(images)
+    plane = np.add.outer(np.arange(6.0), 2 * np.arange(5.0))[None, None]
+    assert metrics.laplacian_power(plane) == pytest.approx(0)
+
+
+def test_laplacian_power_needs_inner_pixels() -> None:
+    """Two pixels on a side have none."""
+    with pytest.raises(ValueError, match="3 x 3 pixels or more, got 2 x 8"):
+        metrics.laplacian_power(np.zeros((1, 1, 2, 8)))

@@ -92,21 +92,23 @@ def default_cache() -> Path:
     return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "latentd" / "classifiers"
 
 
-def load_or_train(dataset: Dataset, cache: Path, seed: int = 0) -> Yardstick:
+def load_or_train(dataset: Dataset, cache: Path, seed: int = 0, steps: int | None = None) -> Yardstick:
     """The classifier for these data and this seed: from `cache` if it is there, else trained and put there.
 
-    Training takes about 20 s of one core on the embedded digits. A damaged file in the cache is replaced.
+    Training takes about 20 s of one core on the embedded digits, in the `STEPS` that are taken if none are given. A
+    damaged file in the cache is replaced.
 
     Raises:
         OSError: the cache cannot be read or written.
     """
-    path = cache / f"classifier-{_key(dataset, seed)}.safetensors"
+    steps = STEPS if steps is None else steps
+    path = cache / f"classifier-{_key(dataset, seed, steps)}.safetensors"
     network = _build(dataset, seed)
     try:
         network.load_state_dict(safetensors.torch.load(path.read_bytes()))
     except (FileNotFoundError, SafetensorError, RuntimeError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        train(network, dataset, seed, STEPS)
+        train(network, dataset, seed, steps)
         write_whole(path, safetensors.torch.save(network.state_dict()))
     network.eval()
     return Yardstick(network, accuracy(network, dataset))
@@ -164,12 +166,12 @@ def _batches(images: NDArray[np.float32]) -> Iterator[torch.Tensor]:
         yield torch.from_numpy(images[start : start + _EVALUATION_BATCH])
 
 
-def _key(dataset: Dataset, seed: int) -> str:
+def _key(dataset: Dataset, seed: int, steps: int) -> str:
     """Everything that decides the weights, but the hardware."""
     recipe = [
         FEATURES,
         _WIDTH,
-        STEPS,
+        steps,
         BATCH_SIZE,
         LEARNING_RATE,
         LABEL_SMOOTHING,

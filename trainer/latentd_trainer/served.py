@@ -76,6 +76,8 @@ class Graphs:
         return role in self.networks and any(output.meaning == meaning for output in self.networks[role].outputs)
 
 
+UNLABELLED = -1
+"""The label that asks a denoiser for no class."""
 _WALKS = {"ddim": (0.0, 1), "ddpm": (1.0, 1), "dpmpp-2m": (0.0, 2)}
 """eta and order of the samplers that evaluation walks with, by their wire names."""
 
@@ -107,28 +109,9 @@ def draw_variants(graphs: Graphs, asked: NDArray[np.int64], seed: int) -> Iterat
     generator = np.random.default_rng([seed, 0])
     model = graphs.bundle.model
     if Role.ROLE_DENOISER in graphs.networks:
-        sampler = model.diffusion.samplers[0]
-        if sampler not in _WALKS:
-            raise EvaluationError(f"default sampler {sampler!r}: evaluation knows {', '.join(_WALKS)}")
-        eta, order = _WALKS[sampler]
         for step_count in (50, 10):
-            noise = generator.standard_normal((len(asked), *model.sample_spec.shape), np.float32)
-
-            def denoise(x: Floats, t: NDArray[np.int64]) -> Floats:
-                given: Given = {Source.SOURCE_SAMPLE: x, Source.SOURCE_TIMESTEP: t, Source.SOURCE_CLASS_LABEL: asked}
-                return graphs.run(Role.ROLE_DENOISER, given, generator)[Meaning.MEANING_PREDICTION]
-
-            images = chains.walk(
-                denoise,
-                model.diffusion,
-                noise,
-                min(step_count, len(model.diffusion.alphas)),
-                eta=eta,
-                order=order,
-                clip=(model.sample_spec.min_value, model.sample_spec.max_value),
-                generator=generator,
-            )
-            yield Samples(f"-{step_count}-steps", f"{step_count} steps, {sampler}", images)
+            images = walk(graphs, asked, step_count, generator)
+            yield Samples(f"-{step_count}-steps", f"{step_count} steps, {model.diffusion.samplers[0]}", images)
         return
     outputs = graphs.run(Role.ROLE_DECODER, {Source.SOURCE_CLASS_LABEL: asked}, generator)
     if Meaning.MEANING_SAMPLE_DRAW not in outputs:
@@ -136,3 +119,55 @@ def draw_variants(graphs: Graphs, asked: NDArray[np.int64], seed: int) -> Iterat
         return
     yield Samples("-mean", "mean", outputs[Meaning.MEANING_SAMPLE])
     yield Samples("-draw", "draw", outputs[Meaning.MEANING_SAMPLE_DRAW])
+
+
+def walk(
+    graphs: Graphs,
+    asked: NDArray[np.int64],
+    step_count: int,
+    generator: np.random.Generator,
+    *,
+    guidance_scale: float = 1.0,
+) -> Floats:
+    """One sample of a diffusion model for each label, by its default sampler, [n, C, H, W].
+
+    Args:
+        graphs: The model's.
+        asked: Labels, [n].
+        step_count: Steps of the walk; no more than the model has timesteps are taken.
+        generator: Draws the noise.
+        guidance_scale: w of (1 - w) m(x, t) + w m(x, t, y), as in a request: 1 asks for the label alone, 0 for none.
+
+    Raises:
+        EvaluationError: the default sampler is none that evaluation knows.
+    """
+    model = graphs.bundle.model
+    sampler = model.diffusion.samplers[0]
+    if sampler not in _WALKS:
+        raise EvaluationError(f"default sampler {sampler!r}: evaluation knows {', '.join(_WALKS)}")
+    eta, order = _WALKS[sampler]
+    noise = generator.standard_normal((len(asked), *model.sample_spec.shape), np.float32)
+
+    def predict(x: Floats, t: NDArray[np.int64], labels: NDArray[np.int64]) -> Floats:
+        given: Given = {Source.SOURCE_SAMPLE: x, Source.SOURCE_TIMESTEP: t, Source.SOURCE_CLASS_LABEL: labels}
+        return graphs.run(Role.ROLE_DENOISER, given, generator)[Meaning.MEANING_PREDICTION]
+
+    def denoise(x: Floats, t: NDArray[np.int64]) -> Floats:
+        if guidance_scale == 1:
+            return predict(x, t, asked)
+        plain = predict(x, t, np.full_like(asked, UNLABELLED))
+        guided: Floats = plain if guidance_scale == 0 else plain + np.float32(guidance_scale) * (
+            predict(x, t, asked) - plain
+        )
+        return guided
+
+    return chains.walk(
+        denoise,
+        model.diffusion,
+        noise,
+        min(step_count, len(model.diffusion.alphas)),
+        eta=eta,
+        order=order,
+        clip=(model.sample_spec.min_value, model.sample_spec.max_value),
+        generator=generator,
+    )

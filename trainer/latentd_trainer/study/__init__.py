@@ -7,6 +7,7 @@
 from collections.abc import Sequence
 
 CLAIMS: tuple[str, ...] = (
+    "historical_ladder",
     "exact_bounds",
     "wake_and_sleep",
     "gradient_estimators",
@@ -14,6 +15,8 @@ CLAIMS: tuple[str, ...] = (
     "gan_as_em",
     "kl_directions",
     "ring_of_eight",
+    "blur_and_cover",
+    "diffusion_and_guidance",
 )
 """Every claim by its name on the command line, in the order of the report."""
 

@@ -142,7 +142,7 @@ _FREQUENCIES = 4
 
 
 class PointDiffusion(PointModel):
-    """A network that predicts v; arXiv 2006.11239, 2202.00512. Sampled by DDPM over the whole schedule."""
+    """A network that predicts v; arXiv 2006.11239, 2202.00512. Sampled by DDIM over the whole schedule."""
 
     def __init__(self, recipe: Recipe, generators: Generators) -> None:
         super().__init__(recipe)
@@ -170,9 +170,7 @@ class PointDiffusion(PointModel):
 
     @torch.no_grad()
     def sample(self, count: int, generators: Generators) -> Mapping[str, Tensor]:
-        """DDPM in as many steps as there are timesteps."""
-        noise = normal((count, 2), generators)
-        seed = int(torch.randint(2**31, (), generator=generators[0]))
+        """DDIM in as many steps as there are timesteps."""
 
         def denoise(x: chains.Floats, timestep: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> chains.Floats:
             rows = torch.from_numpy(timestep)[:, None].expand(-1, count)
@@ -181,11 +179,11 @@ class PointDiffusion(PointModel):
         points = chains.walk(
             denoise,
             self.schedule,
-            noise.numpy(),
+            normal((count, 2), generators).numpy(),
             TIMESTEPS,
-            eta=1.0,
+            eta=0.0,
             clip=(-math.inf, math.inf),
-            generator=np.random.default_rng(seed),
+            generator=np.random.default_rng(),  # draws nothing without eta
         )
         return {"": torch.from_numpy(points)}
 

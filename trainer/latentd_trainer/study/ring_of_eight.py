@@ -174,8 +174,8 @@ def _body(names: Mapping[str, str], found: Mapping[str, Sequence[Found]], seeds:
         [
             table(head, [row(name, each) for name, each in found.items()]),
             "Every kind has its own rate, so the table does not rank them. The normals are equal and few, and the "
-            "networks are large enough for all of them: what is missed here is missed by the way of training. Where the "
-            "VAE's means lie on a line, a latent dimension fell silent, and its draws cover by their width alone.",
+            "networks are large enough for all of them: what is missed here is missed by the way of training. Where "
+            "the VAE's means lie on a line, a latent dimension fell silent, and its draws cover by their width alone.",
         ]
     )
 
