@@ -120,6 +120,7 @@ class Admission:
     def __init__(self, bounds: Bounds, max_rows: int, caller_weights: Mapping[str, float] | None = None) -> None:
         """`max_rows` and `caller_weights` are the scheduler's."""
         self._bounds = bounds
+        self._tightest = min(bounds)
         self._max_rows = max_rows
         self._caller_weights = dict(caller_weights or {})
         self._tickets: dict[int, _Ticket] = {}
@@ -155,6 +156,10 @@ class Admission:
             self._inflow.add(evaluations, now_s)
             self._enter(ticket, part)
             self._count(part, caller, evaluations)
+
+    def has_room(self, evaluations: int) -> bool:
+        """Whether there is room for so many of any model and caller, for there is little altogether."""
+        return self.backlog + evaluations <= self._tightest
 
     def check_room(self, model: str, caller: str, evaluations: int, now_s: float) -> None:
         """Refuse what is not worth understanding: a request that takes so many evaluations at least, and has no room.
@@ -203,10 +208,16 @@ class Admission:
             self._count(part, ticket.caller, -part.evaluations)
 
     def _enter(self, ticket: _Ticket, part: _Part) -> None:
-        flow = self._flows.setdefault(part.key, {}).setdefault(ticket.priority, _Flow())
-        part.line = flow.lines.setdefault(ticket.caller, _Line(self._weight(ticket.caller), flow))
-        part.line.jobs += 1
-        part.line.add(part.rows, part.steps, part.evaluations)
+        flows = self._flows.setdefault(part.key, {})
+        flow = flows.get(ticket.priority)
+        if flow is None:
+            flow = flows[ticket.priority] = _Flow()
+        line = flow.lines.get(ticket.caller)
+        if line is None:
+            line = flow.lines[ticket.caller] = _Line(self._weight(ticket.caller), flow)
+        part.line = line
+        line.jobs += 1
+        line.add(part.rows, part.steps, part.evaluations)
 
     def _exit(self, ticket: _Ticket, part: _Part) -> None:
         line, part.line, flows = part.line, None, self._flows[part.key]
@@ -240,6 +251,9 @@ class Admission:
                 book.pop(name, None)
 
     def _check_bounds(self, job: Job, caller: str, now_s: float) -> None:
+        if job.then is None:
+            self._check_held({job.model: job.lane_count * job.evaluations_per_lane}, caller, now_s)
+            return
         asked: dict[str, int] = {}
         for stage in stages(job):
             asked[stage.model] = asked.get(stage.model, 0) + stage.lane_count * stage.evaluations_per_lane
@@ -247,6 +261,8 @@ class Admission:
 
     def _check_held(self, asked: dict[str, int], caller: str, now_s: float) -> None:
         evaluations = sum(asked.values())
+        if self.has_room(evaluations):
+            return
         held, bound = self._by_caller.get(caller, 0), self._bounds.caller
         if held and held + evaluations > bound:
             text = f"a caller may have {bound} evaluations outstanding; this one has {held} and asks for {evaluations}"

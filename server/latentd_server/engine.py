@@ -42,6 +42,8 @@ all is the device."""
 _FIRST_STAGE = 2**62
 """Ids of jobs that only the device thread knows are above those that were handed out."""
 
+_SMALL = 4096  # evaluations; whoever asks for more is refused, if it must be, once it is understood
+
 log = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 3600.0
@@ -190,6 +192,11 @@ class Engine:
         self._hand_over.submit(admit, alone=len(self._sinks) == 1)
         return job_id
 
+    @property
+    def crowded(self) -> bool:
+        """Whether a small request may have to be refused."""
+        return self._draining or not self._admission.has_room(_SMALL)
+
     def check_room(self, model: str, caller: str, evaluations: int) -> None:
         """Refuse, before any work is put into it, a request that takes so many evaluations at least.
 
@@ -206,6 +213,15 @@ class Engine:
         if self._forget_sink(job_id):
             self._leavers.add(job_id)
             self._hand_over.tell(lambda: self._drop(job_id))
+
+    def give_up(self, model: str, error: ServingError) -> int:
+        """Fail every accepted job that needs a model; returns how many there were."""
+        jobs = [job_id for job_id, needed in self._models.items() if model in needed]
+        for job_id in jobs:
+            sink = self._sinks[job_id]
+            self.cancel(job_id)
+            sink(Failed(error))
+        return len(jobs)
 
     def pause(self, job_id: int) -> None:
         """Let a job's lanes sit out until `resume`; its deadline goes on."""

@@ -46,6 +46,10 @@ class Engine(Protocol):
     def draining(self) -> bool:
         """Whether new work is refused."""
 
+    @property
+    def crowded(self) -> bool:
+        """Whether there may be no room."""
+
     def check_room(self, model: str, caller: str, evaluations: int) -> None:
         """Refuse a request that takes so many evaluations at least, if there is no room for them."""
 
@@ -193,8 +197,9 @@ class Exchange(ABC):
     def _admissible(self, request: Any) -> Servable:
         """The model a request names, if what the request takes at least has room: refusing is cheaper than reading."""
         servable = self._servable(request.model)
-        least = resolve.least_evaluations(request, self._door.limits)
-        self._door.engine.check_room(self.account.model, self._peer.caller, least)
+        if self._door.engine.crowded:
+            least = resolve.least_evaluations(request, self._door.limits)
+            self._door.engine.check_room(self.account.model, self._peer.caller, least)
         return servable
 
     def _servable(self, reference: str) -> Servable:

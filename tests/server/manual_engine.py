@@ -30,6 +30,7 @@ class ManualEngine:
     refusal: Exception | None = None  # raised by the next submissions
     full: Exception | None = None  # raised where a request asks for room before it is read
     asked_for: list[tuple[str, str, int]] = field(default_factory=list)  # model, caller, evaluations
+    crowded: bool = True
     draining: bool = False
     jobs: dict[int, Submitted] = field(default_factory=dict)
     submitted: list[Job] = field(default_factory=list)
