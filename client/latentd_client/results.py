@@ -159,7 +159,8 @@ class Samples(ImageBatch):
         request.CopyFrom(self.resolved_request)
         if request.diffusion.HasField("start"):
             request.diffusion.start.ClearField("samples")
-        request.diffusion.ClearField("known")
+        if request.diffusion.HasField("known"):
+            request.diffusion.ClearField("known")
         return super().facts() | {
             "model": self.model,
             "seed": self.seed,
