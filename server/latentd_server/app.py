@@ -145,6 +145,7 @@ async def serving(config: Config, device: Device, points: Points | None = None) 
         max_rows=config.max_batch_rows,
         strict=config.determinism == "strict",
         cache=open_cache(config.cache, os.environ),
+        grace_s=config.drain_seconds,
     )
     health = Health()
     registry.subscribe(health.model_changed)

@@ -139,7 +139,10 @@ class Config(BaseModel):
         "0 is for ever",
     )
     drain_seconds: float = Field(
-        60.0, ge=0, le=86_400, description="seconds that accepted work may take after SIGTERM before it is given up"
+        60.0,
+        ge=0,
+        le=86_400,
+        description="seconds that accepted work may take after SIGTERM or UnloadModel before it is given up",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["json", "text"] = Field("json", description="one JSON object a line, or text")

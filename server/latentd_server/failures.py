@@ -87,9 +87,16 @@ class OverloadedError(ServingError):
 class DrainingError(ServingError):
     """The server is shutting down and finishes only what it has accepted."""
 
-    def __init__(self, retry_after_s: float = 1.0) -> None:
-        super().__init__("the server is draining")
+    def __init__(self, retry_after_s: float = 1.0, description: str = "the server is draining") -> None:
+        super().__init__(description)
         self.retry_after_s = retry_after_s
+
+
+class ModelUnloadedError(DrainingError):
+    """The model was unloaded, and what was accepted took longer than it was given; another server may hold it."""
+
+    def __init__(self, model: str, grace_s: float) -> None:
+        super().__init__(description=f"{model} is being unloaded, and this was not finished within {grace_s:g} s")
 
 
 class QuotaExceededError(ServingError):

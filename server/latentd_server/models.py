@@ -15,7 +15,13 @@ from latentd.v1 import model_pb2
 from latentd_server.bundle import BundleError, find, named_decoder
 from latentd_server.certificate_cache import CertificateCache
 from latentd_server.engine import Engine
-from latentd_server.failures import ModelFailedError, ModelInUseError, ModelLoadingError, ModelNotFoundError
+from latentd_server.failures import (
+    ModelFailedError,
+    ModelInUseError,
+    ModelLoadingError,
+    ModelNotFoundError,
+    ModelUnloadedError,
+)
 from latentd_server.job import Servable
 from latentd_server.loading import Terms, load
 from latentd_server.runtime import Device
@@ -60,7 +66,10 @@ class Registry:
         max_rows: int,
         strict: bool = True,
         cache: CertificateCache | None = None,
+        grace_s: float = 60.0,
     ) -> None:
+        """`grace_s` is how long requests that were accepted may take once their model is to be unloaded."""
+        self._grace_s = grace_s
         self._root = root
         self._engine = engine
         self._terms = Terms(device, threads, max_rows, strict, cache or CertificateCache(None))
@@ -149,6 +158,8 @@ class Registry:
     async def unload(self, reference: str) -> model_pb2.Model:
         """Stop admitting, finish what was admitted, free the graphs. Unloading an unloaded model changes nothing.
 
+        What is not finished in time, for a reader that has stopped or for want of it, is given up.
+
         Raises:
             ValueError: the reference is malformed.
             ModelNotFoundError: there is no such model.
@@ -189,10 +200,18 @@ class Registry:
                 raise ModelInUseError(str(held.reference), sorted(users))
             if held.state == model_pb2.Model.STATE_ACTIVE:
                 self._change(held, model_pb2.Model.STATE_DRAINING)
-                await self._engine.finished(str(held.reference))
+                await self._finish(str(held.reference))
                 self._engine.detach(str(held.reference))
             held.servable = None
             self._change(held, model_pb2.Model.STATE_UNLOADED)
+
+    async def _finish(self, model: str) -> None:
+        try:
+            async with asyncio.timeout(self._grace_s):
+                await self._engine.finished(model)
+        except TimeoutError:
+            count = self._engine.give_up(model, ModelUnloadedError(model, self._grace_s))
+            log.warning("%s is unloaded; %d requests were not finished in %g s", model, count, self._grace_s)
 
     def _find(self, reference: str) -> _Held:
         wanted = parse_reference(reference)

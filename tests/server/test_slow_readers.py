@@ -12,10 +12,11 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 from latentd.v1 import generation_service_pb2 as pb
-from latentd.v1 import generation_service_pb2_grpc
+from latentd.v1 import generation_service_pb2_grpc, model_pb2
 from latentd_server import rpc, stream
 from latentd_server.app import Serving, serving
 from latentd_server.config import Config
+from latentd_server.models import Registry
 from latentd_server.runtime import Device
 
 MANY = 40_000
@@ -30,12 +31,19 @@ def outbox_bytes() -> int:
 
 
 @pytest.fixture
-async def running(models_root: Path, outbox_bytes: int, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Serving]:
+def seconds() -> dict[str, float]:
+    return {"reader_timeout": 0.5, "drain_seconds": 5}
+
+
+@pytest.fixture
+async def running(
+    models_root: Path, outbox_bytes: int, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Serving]:
     for module in (rpc, stream):
         monkeypatch.setattr(module, "OUTBOX_BYTES", outbox_bytes)
     local = "127.0.0.1:0"
-    limits: dict[str, Any] = {"max_samples": MANY, "max_backlog": 3 * MANY, "reader_timeout": 0.5}
-    config = Config(models=models_root, listen=local, http=local, threads=1, drain_seconds=5, **limits)
+    limits: dict[str, Any] = {"max_samples": MANY, "max_backlog": 3 * MANY, **seconds}
+    config = Config(models=models_root, listen=local, http=local, threads=1, **limits)
     async with serving(config, Device("cpu")) as running:
         await until(lambda: not running.health.why_not_serving)
         yield running
@@ -106,3 +114,28 @@ async def test_a_drain_gives_a_reader_up_that_stands_still(open_call: Any, runni
         assert counted.rpartition(" ")[0] not in running.door.metrics.exposition().decode()
         running.engine.drain()
         await asyncio.wait_for(running.service.finish(), 10)
+
+
+@pytest.mark.parametrize("seconds", [{"reader_timeout": 0, "drain_seconds": 0.1}])
+@pytest.mark.parametrize("open_call", [open_sample, open_stream], ids=["Sample", "Stream"])
+async def test_a_reader_that_may_stop_for_ever_does_not_keep_its_model(open_call: Any, running: Serving) -> None:
+    """Unloading gives up what is not finished in time; the reader is told so behind what it has yet to read."""
+    async with aio.insecure_channel(running.addresses["grpc"], options=SMALL_WINDOW) as channel:
+        call, _ = await open_call(generation_service_pb2_grpc.GenerationServiceStub(channel))
+        await call.read()
+        assert isinstance(running.door.registry, Registry)
+        unloaded = await asyncio.wait_for(running.door.registry.unload("tiny-vae@1"), 10)
+        assert unloaded.state == model_pb2.Model.STATE_UNLOADED
+        await until(lambda: not running.engine.queue_depth and not running.engine.backlog)
+        assert running.engine.lanes_held == 0
+        if isinstance(call, aio.StreamStreamCall):
+            await call.done_writing()
+            *_, last = await asyncio.wait_for(read_to_the_end(call), 10)
+            assert last.final
+            told = last.error.message  # type: ignore[attr-defined]
+        else:
+            with pytest.raises(aio.AioRpcError) as caught:
+                await asyncio.wait_for(read_to_the_end(call), 10)
+            assert reason(caught.value) == "DRAINING"
+            told = caught.value.details() or ""
+    assert told == "tiny-vae@1 is being unloaded, and this was not finished within 0.1 s"
