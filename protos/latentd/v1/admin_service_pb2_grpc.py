@@ -62,6 +62,8 @@ class AdminServiceServicer(object):
 
     def UnloadModel(self, request, context):
         """Stops admitting requests, finishes those admitted, then frees the model.
+        Those not finished within the server's drain time are given up with
+        UNAVAILABLE, reason DRAINING.
         Unloading an unloaded model changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -92,6 +92,8 @@ class AdminServiceStub(typing.Generic[_AdminServiceLoadModelType, _AdminServiceU
 
     UnloadModel: _AdminServiceUnloadModelType
     """Stops admitting requests, finishes those admitted, then frees the model.
+    Those not finished within the server's drain time are given up with
+    UNAVAILABLE, reason DRAINING.
     Unloading an unloaded model changes nothing.
     """
 
@@ -127,6 +129,8 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[latentd.v1.admin_service_pb2.UnloadModelResponse, collections.abc.Awaitable[latentd.v1.admin_service_pb2.UnloadModelResponse]]:
         """Stops admitting requests, finishes those admitted, then frees the model.
+        Those not finished within the server's drain time are given up with
+        UNAVAILABLE, reason DRAINING.
         Unloading an unloaded model changes nothing.
         """
 
