@@ -1,6 +1,7 @@
 """The study's frame: verdicts follow from figures, and the report is whole whenever it is interrupted."""
 
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import ModuleType
 import pytest
 from latentd_trainer import study
 from latentd_trainer.cli import app
+from latentd_trainer.study import workers
 from latentd_trainer.study.section import Criterion, Picture, Section, Settings
 from typer.testing import CliRunner, Result
 
@@ -50,8 +52,8 @@ def add_claim(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Setti
     return add
 
 
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["study", *map(str, arguments)])
+def call(*arguments: object, jobs: int = 1) -> Result:
+    return CliRunner().invoke(app, ["study", "--jobs", str(jobs), *map(str, arguments)])
 
 
 def test_a_report_has_verdicts_figures_and_pictures(claim: Callable, tmp_path: Path) -> None:
@@ -99,3 +101,34 @@ def test_every_claim_is_a_module_that_studies() -> None:
     for name in study.CLAIMS:
         module = __import__(f"latentd_trainer.study.{name}", fromlist=["study"])
         assert callable(module.study), name
+
+
+@pytest.fixture(scope="module", name="two")
+def two_claims_in_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of two claims that are quick, each in its own process."""
+    out = tmp_path_factory.mktemp("two")
+    result = call("--out", out, "--quick", "--only", "vanishing_gradient", "--only", "gan_as_em", jobs=2)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_figures_do_not_depend_on_the_number_of_processes(two: Path, tmp_path: Path) -> None:
+    """Two claims at once and one after the other: all is equal in figures.json but the command and the seconds."""
+    assert call("--out", tmp_path, "--quick", "--only", "gan_as_em", "--only", "vanishing_gradient").exit_code == 0
+    found = [json.loads((out / "figures.json").read_text()) for out in (two, tmp_path)]
+    for each in found:
+        assert set(each.pop("seconds")) == {"vanishing_gradient", "gan_as_em"}
+        each.pop("command")
+    assert found[0] == found[1]
+    assert list(found[0]["claims"]) == list(found[1]["claims"]) == ["vanishing_gradient", "gan_as_em"]
+    for picture in tmp_path.glob("*.png"):
+        assert picture.read_bytes() == (two / picture.name).read_bytes()
+
+
+def test_what_a_process_raises_is_raised_here(tmp_path: Path) -> None:
+    """With where it was raised as a note; the other process is ended."""
+    names = ("no_such_claim", "no_such_claim_either")
+    with pytest.raises(ModuleNotFoundError, match="no_such_claim") as raised:
+        list(workers.study_all(names, Settings(0, True, tmp_path), 2, lambda *_: None))
+    assert "workers.py" in raised.value.__notes__[0]
+    assert not multiprocessing.active_children()

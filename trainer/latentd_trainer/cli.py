@@ -253,6 +253,10 @@ def study(
         Path | None,
         typer.Option(help="Directory of models; digits-vae and the like in it are used in place of training them."),
     ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Claims studied at once, a process each; as many as there are cores if not given."),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Seconds, not minutes: tiny networks, whose figures say nothing.")
     ] = False,
@@ -269,7 +273,7 @@ def study(
     from latentd_trainer import train
     from latentd_trainer.bundle import BundleError
     from latentd_trainer.checkpoint import CheckpointError
-    from latentd_trainer.study import run
+    from latentd_trainer.study import report, run
 
     command = shlex.join(["latentd-train", *sys.argv[1:]])
     try:
@@ -277,7 +281,16 @@ def study(
     except ValueError as error:
         fail(error, 2)
     try:
-        run.run(out, names, seed=seed, quick=quick, models=models, command=command, console=console)
+        run.run(
+            out,
+            names,
+            seed=seed,
+            quick=quick,
+            models=models,
+            jobs=min(jobs or report.core_count(), len(names)),
+            command=command,
+            console=console,
+        )
     except (BundleError, CheckpointError, train.TrainingError, OSError) as error:
         fail(error, 1)
     except train.InterruptedTraining as stopped:

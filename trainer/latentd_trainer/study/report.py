@@ -13,6 +13,7 @@ import numpy as np
 from latentd_trainer import train
 from latentd_trainer.report import figure_text, table
 from latentd_trainer.study.section import Criterion, Section
+from latentd_trainer.study.workers import Studied
 
 _QUICK = (
     "**A quick run**: tiny networks and few steps, to see that everything runs. Its figures say nothing of the claims."
@@ -32,8 +33,12 @@ class Header:
 
 def machine() -> str:
     """The processor and how many of its cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()}, {cores} cores, {platform.system()}"
+    return f"{_processor()}, {core_count()} cores, {platform.system()}"
+
+
+def core_count() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
@@ -41,28 +46,27 @@ def versions() -> dict[str, str]:
     return train.versions() | {"numpy": np.__version__}
 
 
-def markdown(header: Header, done: Sequence[tuple[str, Section, float]], waiting: Sequence[str]) -> str:
+def markdown(header: Header, done: Sequence[Studied], waiting: Sequence[str]) -> str:
     """The whole report.
 
     Args:
         header: What was run, and where.
-        done: Name, section and seconds of every claim studied.
+        done: Every claim studied, in order.
         waiting: Names of those still to be studied.
     """
     versions = ", ".join(f"{name} {version}" for name, version in header.versions.items())
-    seconds = sum(each for *_, each in done)
     contents = [
-        [f"[{section.title}](#{name})", f"**{section.verdict}**", f"{each:.1f}"] for name, section, each in done
+        [f"[{each.section.title}](#{each.name})", f"**{each.section.verdict}**", f"{each.seconds:.1f}"] for each in done
     ]
     parts = [
         "# The lecture's claims, measured",
-        f"`{header.command}`, seed {header.seed}, {seconds:.0f} s on {header.machine}; {versions}.",
+        f"`{header.command}`, seed {header.seed}, on {header.machine}; {versions}.",
         *([_QUICK] if header.quick else []),
         "A claim *holds* if its figures meet all criteria stated beside it, and *in part* if they meet some. All "
         "numbers are in `figures.json`, and the same on every run with this seed and these versions.",
         table(["claim", "verdict", "seconds"], contents),
         *([f"Not studied yet: {', '.join(waiting)}."] if waiting else []),
-        *(_section(name, section) for name, section, _ in done),
+        *(_section(each.name, each.section) for each in done),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

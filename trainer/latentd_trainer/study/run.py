@@ -1,35 +1,33 @@
-"""Studies claims one after the other, and writes the report anew after each."""
+"""Studies claims, and writes the report anew after each."""
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
+from rich.markup import escape
 
 from latentd_trainer.checkpoint import write_whole
-from latentd_trainer.study import report
-from latentd_trainer.study.section import Section, Settings
+from latentd_trainer.study import report, workers
+from latentd_trainer.study.section import Settings
+from latentd_trainer.study.workers import Studied
 
 REPORT_FILE, FIGURES_FILE, TRAINED = "report.md", "figures.json", "trained"
 
 
-@dataclass(frozen=True)
-class Studied:
-    """A section, and what it took."""
-
-    name: str
-    section: Section
-    seconds: float
-
-
 def run(
-    out: Path, names: Sequence[str], *, seed: int, quick: bool, models: Path | None, command: str, console: Console
+    out: Path,
+    names: Sequence[str],
+    *,
+    seed: int,
+    quick: bool,
+    models: Path | None,
+    jobs: int,
+    command: str,
+    console: Console,
 ) -> None:
     """Study claims; write `report.md`, `figures.json` and the pictures into `out`.
 
@@ -42,41 +40,42 @@ def run(
         seed: Of all weights, batches and draws.
         quick: Few steps with tiny networks, to see that everything runs.
         models: A directory of bundles to use in place of training.
+        jobs: How many claims are studied at once; the figures do not depend on it.
         command: What was called, for the report.
         console: Where progress goes.
 
     Raises:
         OSError: something cannot be written.
+        Exception: what studying a claim raised.
     """
     trained = out / TRAINED
     trained.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # best for networks this small, and sums come out differently with another number
     header = report.Header(command, seed, quick, report.machine(), report.versions())
-    done: list[Studied] = []
+    done: dict[str, Studied] = {}
+    doing: dict[str, str] = {}
     with console.status("") as status:
-        for position, name in enumerate(names, 1):
 
-            def tell(text: str, prefix: str = f"[{position}/{len(names)}] {name}") -> None:
-                status.update(f"{prefix}: {text}".replace("[", r"\["))
+        def tell(name: str, text: str) -> None:
+            doing[name] = text
+            now = "; ".join(f"{each}: {what}" for each, what in doing.items())
+            status.update(escape(f"{len(done)} of {len(names)} done; {now}"))
 
-            tell("begins")
-            section, seconds = _timed(name, Settings(seed, quick, trained, models, tell))
-            done.append(Studied(name, section, seconds))
-            _write(out, header, names, done)
-            console.print(f"{name}: {section.verdict}, {seconds:.1f} s", markup=False, highlight=False, soft_wrap=True)
+        with contextlib.closing(
+            workers.study_all(names, Settings(seed, quick, trained, models), jobs, tell)
+        ) as studies:
+            for each in studies:
+                done[each.name] = each
+                doing.pop(each.name, None)
+                _write(out, header, names, done, each)
+                line = f"{each.name}: {each.section.verdict}, {each.seconds:.1f} s"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {out / REPORT_FILE}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _timed(name: str, settings: Settings) -> tuple[Section, float]:
-    study: Callable[[Settings], Section] = importlib.import_module(f"latentd_trainer.study.{name}").study
-    began = time.monotonic()
-    section = study(settings)
-    return section, time.monotonic() - began
-
-
-def _write(out: Path, header: report.Header, names: Sequence[str], done: Sequence[Studied]) -> None:
-    for picture in done[-1].section.pictures:
+def _write(out: Path, header: report.Header, names: Sequence[str], done: dict[str, Studied], latest: Studied) -> None:
+    for picture in latest.section.pictures:
         write_whole(out / picture.file, picture.png)
+    ordered = [done[name] for name in names if name in done]
     content = {
         "command": header.command,
         "seed": header.seed,
@@ -84,11 +83,10 @@ def _write(out: Path, header: report.Header, names: Sequence[str], done: Sequenc
         "machine": header.machine,
         "versions": dict(header.versions),
         "claims": {
-            each.name: {"verdict": each.section.verdict, "figures": dict(each.section.figures)} for each in done
+            each.name: {"verdict": each.section.verdict, "figures": dict(each.section.figures)} for each in ordered
         },
-        "seconds": {each.name: round(each.seconds, 1) for each in done},
+        "seconds": {each.name: round(each.seconds, 1) for each in ordered},
     }
     write_whole(out / FIGURES_FILE, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-    waiting = names[len(done) :]
-    text = report.markdown(header, [(each.name, each.section, each.seconds) for each in done], waiting)
+    text = report.markdown(header, ordered, [name for name in names if name not in done])
     write_whole(out / REPORT_FILE, text.encode())

@@ -16,6 +16,10 @@ RELATIONS: Mapping[str, Callable[[float, float], bool]] = {
 }
 
 
+def silent(_: str) -> None:
+    """Keep to oneself what is told."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What every claim is studied with."""
@@ -24,7 +28,7 @@ class Settings:
     quick: bool  # a few steps with tiny networks: shows that everything runs, and says nothing of the claims
     trained: Path  # where a claim keeps what it trained, under names that hold a digest of the settings
     models: Path | None = None  # a directory of bundles to use in place of training
-    tell: Callable[[str], None] = lambda _: None  # told what is being done, for the terminal
+    tell: Callable[[str], None] = silent  # told what is being done, for the terminal
 
 
 @dataclass(frozen=True)
