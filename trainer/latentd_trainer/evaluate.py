@@ -5,21 +5,22 @@ the metrics of `metrics`. Nothing here needs the training run: what is measured 
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from latentd.v1 import model_pb2
+from latentd.v1 import bundle_pb2, model_pb2
 from numpy.typing import NDArray
 from rich.console import Console
 
 from latentd_trainer import bundle as bundles
 from latentd_trainer import card as cards
-from latentd_trainer import classifier, metrics, report
+from latentd_trainer import classifier, codes, metrics, report, start
 from latentd_trainer.bars import BARS, DATASET
 from latentd_trainer.classifier import Reading, Yardstick
 from latentd_trainer.data import Dataset, Split, load, scale
-from latentd_trainer.served import EvaluationError, Floats, Given, Graphs, draw_variants
+from latentd_trainer.served import EvaluationError, Floats, Given, Graphs, Samples, draw_variants
 from latentd_trainer.spec import Meaning, Role, Source
 
 SAMPLE_COUNT = 1440
@@ -64,6 +65,7 @@ def run(
     cache: Path | None = None,
     seed: int = 0,
     bars: bool = False,
+    against: Path | None = None,
     threads: int | None = None,
     console: Console | None = None,
 ) -> int:
@@ -80,6 +82,8 @@ def run(
         cache: Where the classifier is kept from one evaluation to the next; `classifier.default_cache()` if not given.
         seed: Of all draws and of the classifier.
         bars: Hold the metrics against `bars.BARS`, and name each one missed.
+        against: Another bundle, to be measured in the same way; its figures go into the card beside this one's. A model
+            that was tuned from another takes that one only.
         threads: Of ONNX Runtime; as many as there are cores, up to 4, if not given.
         console: Where progress and the table go.
 
@@ -96,48 +100,95 @@ def run(
     if bars and (dataset.info.name != DATASET or model.family not in BARS):
         known = ", ".join(model_pb2.Model.Family.Name(family) for family in BARS)
         raise EvaluationError(f"bars are set for {DATASET} and {known} only")
-    graphs = Graphs(directory, bundle, threads or min(4, os.cpu_count() or 1))
-    if not {Role.ROLE_DECODER, Role.ROLE_DENOISER} & graphs.networks.keys():
-        raise EvaluationError(f"{model.name} draws no samples: it has neither a decoder nor a denoiser")
+    threads = threads or min(4, os.cpu_count() or 1)
+    graphs = _sampling_graphs(directory, bundle, threads)
+    other, relation = None, ""
+    if against is not None:
+        relation = _relation(directory, against)
+        other_bundle = bundles.read(against)
+        _require_data(against, other_bundle.model, dataset)
+        other = _sampling_graphs(against, other_bundle, threads)
 
     with console.status("classifier") as status:
         yardstick = _yardstick(dataset, cache, seed)
         real = Real.of(dataset, yardstick)
-        results = {"classifier-accuracy": yardstick.accuracy, "frechet-floor": real.floor}
         asked = allotted_labels(model, dataset, SAMPLE_COUNT)
-        drawn = []
-        for samples in draw_variants(graphs, asked, seed):
-            status.update(f"samples: {samples.description}")
-            if not np.isfinite(samples.images).all():
-                raise EvaluationError(
-                    f"{model.name} draws samples that are not finite; `latentd-train verify` says more"
-                )
-            reading = yardstick.read(samples.images)
-            found = compare(samples.images, reading, real, seed)
-            found["histogram-distance"] = metrics.class_histogram_distance(
-                reading.labels, real.train.labels, len(dataset.info.class_names)
-            )
-            if model.class_names:
-                found["label-agreement"] = metrics.agreement(reading.labels, asked)
-            results |= {name + samples.variant: value for name, value in found.items()}
-            drawn.append(samples)
-        status.update("likelihood")
-        results |= likelihood(graphs, dataset, seed)
+        results, drawn = _measured(graphs, dataset, yardstick, real, asked, seed, status.update)
+        cards.record_figures(model.card, results, int(np.prod(dataset.info.shape)))
+        if other is not None:
+            its_labels = allotted_labels(other.bundle.model, dataset, SAMPLE_COUNT)
+            its_figures, _ = _measured(other, dataset, yardstick, real, its_labels, seed, status.update)
+            cards.record_comparison(model.card, relation, other.bundle.model, its_figures)
 
-    cards.record_figures(model.card, results, int(np.prod(dataset.info.shape)))
     limits = BARS.get(model.family, []) if dataset.info.name == DATASET else []
     try:
         if card or out is None:
             bundles.replace_card(directory, model.card)
-        written = report.write(out or directory, model, dataset, drawn, asked, real_row(real, seed), limits)
+        shown_as = dataset.test.labels
+        if codes.has_own_classes(model, dataset.info):
+            images = scale(dataset.test.pixels, dataset.info.levels)
+            shown_as = codes.recognise(graphs, images, np.random.default_rng([seed, 3]))
+        written = report.write(out or directory, model, dataset, drawn, asked, shown_as, real_row(real, seed), limits)
     except OSError as error:
         raise EvaluationError(f"{error.filename}: cannot be written ({error.strerror})") from error
     report.show(console, model, limits)
     console.print(f"report: {written}", markup=False, highlight=False, soft_wrap=True)
-    missed = [why for bar in limits if (why := bar.missed(results))] if bars else []
+    before = cards.start_figures(model.card)
+    missed = [why for bar in limits if (why := bar.missed(results, before))] if bars else []
     for why in missed:
         console.print(f"missed: {why}", markup=False, highlight=False, soft_wrap=True)
     return 1 if missed else 0
+
+
+def _sampling_graphs(directory: Path, bundle: bundle_pb2.Bundle, threads: int) -> Graphs:
+    graphs = Graphs(directory, bundle, threads)
+    if not {Role.ROLE_DECODER, Role.ROLE_DENOISER} & graphs.networks.keys():
+        raise EvaluationError(f"{bundle.model.name} draws no samples: it has neither a decoder nor a denoiser")
+    return graphs
+
+
+def _relation(directory: Path, other: Path) -> str:
+    """What the bundle in `other` is to the one in `directory`.
+
+    Raises:
+        EvaluationError: the one was tuned from another model than this.
+    """
+    recorded = bundles.read_record(directory) if (directory / bundles.RECORD_FILE).exists() else {}
+    if recorded.get("start") is None:
+        return "compared with"
+    if not start.is_served_by(recorded["start"], other):
+        raise EvaluationError(f"{directory} was tuned from other weights than those of {other}")
+    return cards.TUNED_FROM
+
+
+def _measured(
+    graphs: Graphs,
+    dataset: Dataset,
+    yardstick: Yardstick,
+    real: Real,
+    asked: NDArray[np.int64],
+    seed: int,
+    say: Callable[[str], None],
+) -> tuple[dict[str, float], list[Samples]]:
+    """Every figure of a model, and the samples that they were measured on, one for each of `asked`."""
+    model = graphs.bundle.model
+    results = {"classifier-accuracy": yardstick.accuracy, "frechet-floor": real.floor}
+    drawn = []
+    for samples in draw_variants(graphs, asked, seed):
+        say(f"{model.name}, samples: {samples.description}")
+        if not np.isfinite(samples.images).all():
+            raise EvaluationError(f"{model.name} draws samples that are not finite; `latentd-train verify` says more")
+        reading = yardstick.read(samples.images)
+        found = compare(samples.images, reading, real, seed)
+        found["histogram-distance"] = metrics.class_histogram_distance(
+            reading.labels, real.train.labels, len(dataset.info.class_names)
+        )
+        if model.class_names and not codes.has_own_classes(model, dataset.info):
+            found["label-agreement"] = metrics.agreement(reading.labels, asked)
+        results |= {name + samples.variant: value for name, value in found.items()}
+        drawn.append(samples)
+    say(f"{model.name}, likelihood")
+    return results | likelihood(graphs, dataset, seed), drawn
 
 
 def _yardstick(dataset: Dataset, cache: Path | None, seed: int) -> Yardstick:
@@ -231,8 +282,10 @@ def likelihood(graphs: Graphs, dataset: Dataset, seed: int) -> dict[str, float]:
     elif graphs.gives(Role.ROLE_ENCODER, Meaning.MEANING_LATENT_MEAN):
         found |= _codes(graphs, given, generator)
     if graphs.gives(Role.ROLE_ENCODER, Meaning.MEANING_CLASS_PROBABILITY):
-        classes = graphs.run(Role.ROLE_ENCODER, given, generator)[Meaning.MEANING_CLASS_PROBABILITY]
-        found["accuracy"] = metrics.agreement(classes.argmax(1), given[Source.SOURCE_CLASS_LABEL])
+        if codes.has_own_classes(graphs.bundle.model, dataset.info):
+            return found | codes.measure(graphs, given, generator)
+        classes = codes.recognise(graphs, given[Source.SOURCE_SAMPLE], generator)
+        found["accuracy"] = metrics.agreement(classes, given[Source.SOURCE_CLASS_LABEL])
     return found
 
 
@@ -297,12 +350,13 @@ def _require_data(directory: Path, model: model_pb2.Model, dataset: Dataset) -> 
         raise EvaluationError(
             f"{model.name} makes samples of shape {list(model.sample_spec.shape)}, {info.name} holds {list(info.shape)}"
         )
-    if model.class_names and tuple(model.class_names) != info.class_names:
+    has_record = (directory / bundles.RECORD_FILE).exists()
+    trained_on = bundles.read_record(directory).get("info", {}).get("sha256") if has_record else None
+    # Trained on these very data, a model with other classes found them by itself.
+    if codes.has_own_classes(model, info) and trained_on != info.sha256:
         raise EvaluationError(
             f"{model.name} knows the classes {', '.join(model.class_names)}; "
             f"{info.name} has {', '.join(info.class_names)}"
         )
-    if (directory / bundles.RECORD_FILE).exists():
-        trained_on = bundles.read_record(directory).get("info", {}).get("sha256")
-        if trained_on != info.sha256:
-            raise EvaluationError(f"{model.name} was trained on other data than {info.name}, by their digests")
+    if has_record and trained_on != info.sha256:
+        raise EvaluationError(f"{model.name} was trained on other data than {info.name}, by their digests")
