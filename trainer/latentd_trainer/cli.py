@@ -215,6 +215,13 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of all draws and of the classifier.")] = 0,
     bars: Annotated[bool, typer.Option("--bars", help="Exit with 1 if a model of digits misses its bars.")] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE",
+            help="Measure this bundle too and put its figures beside; for vae_gan the VAE that it was tuned from.",
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; up to 4 if not given.")] = None,
 ) -> None:
     """Measure a bundle's samples. Metrics go into its card, a report with pictures beside it or into --out."""
@@ -224,7 +231,16 @@ def evaluate(
 
     try:
         status = evaluator.run(
-            bundle, data=data, out=out, card=card, cache=cache, seed=seed, bars=bars, threads=threads, console=console
+            bundle,
+            data=data,
+            out=out,
+            card=card,
+            cache=cache,
+            seed=seed,
+            bars=bars,
+            against=against,
+            threads=threads,
+            console=console,
         )
     except DataError as error:
         fail(error, 2)
