@@ -4,11 +4,15 @@ import sys
 
 
 def main() -> None:
-    """Run `latentctl`; say how to get what it needs if it is not there."""
+    """Run `latentctl`; say how to get what it needs where only the library is installed."""
     try:
         from latentd_client.commands import app
     except ModuleNotFoundError as error:
-        sys.exit(f"latentctl needs {error.name}: pip install 'latentd[cli]'")
+        missing = str(error.name).partition(".")[0]
+        if missing.startswith("latentd"):
+            raise
+        print(f"latentctl needs {missing}: pip install 'latentd[cli]'", file=sys.stderr)
+        sys.exit(2)
     app()
 
 

@@ -45,6 +45,13 @@ class Lone:
         return sum(s.value for family in families for s in family.samples if s.name == "latentd_evaluations_total")
 
 
+def _told(log: Path) -> str:
+    """Where it first went wrong, and the last it said."""
+    lines = log.read_text().splitlines()
+    first = next((number for number, line in enumerate(lines) if "Traceback" in line), len(lines))
+    return "\n".join([*lines[max(0, first - 5) : first + 40], "...", *lines[max(first + 40, len(lines) - 60) :]])
+
+
 @contextlib.contextmanager
 def lone_server(models: Path, log: Path, outbox_bytes: int, *flags: str) -> Iterator[Lone]:
     """Start one that keeps so much for each reader and refuses nothing; at the end it must rest, and exit with 0."""
@@ -65,7 +72,10 @@ def lone_server(models: Path, log: Path, outbox_bytes: int, *flags: str) -> Iter
         books.must_rest(lambda: books.scrape(ports["http"]))
         process.terminate()
         assert process.wait(60) == 0
-        assert "Traceback" not in log.read_text(), log.read_text()
+        assert "Traceback" not in log.read_text()
+    except BaseException as error:
+        error.add_note(f"the server's log:\n{_told(log)}")
+        raise
     finally:
         process.kill()
         process.wait()
