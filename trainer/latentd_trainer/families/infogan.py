@@ -33,7 +33,7 @@ from latentd_trainer.optimization import Average, Updater
 from latentd_trainer.pyramid import Pyramid
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source, no_likelihood
 
-LOG_VARIANCE_RANGE = (-4.0, 2.0)
+LOG_VARIANCE_RANGE = (-2.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class InfoGanConfig(GameSettings, PyramidSettings):
 
     steps: int = setting(1500, "training steps, of both networks")
     batch_size: int = setting(64, "images a step, over all processes")
-    learning_rate: float = setting(2e-4, "rate of both Adams")
+    learning_rate: float = setting(1e-3, "rate of both Adams")
     blocks: int = setting(0, "residual blocks at each level, beside the convolution that leads to it")
     hidden: int = setting(128, "width of the linear layer that discriminator and recognition share")
     codes: int = setting(10, "values of the categorical code")
