@@ -62,7 +62,13 @@ def test_a_run_is_not_overwritten(run: Path) -> None:
     assert (run / "checkpoint.safetensors").read_bytes() == before
 
 
-WAIT_IN_THE_THIRD_STEP = """
+NO_LONGER_THAN = """
+import faulthandler
+
+faulthandler.dump_traceback_later(100, exit=True)  # a process that hangs says where, and ends
+"""
+FIT = NO_LONGER_THAN + "from latentd_trainer.__main__ import main; main()"
+WAIT_IN_THE_THIRD_STEP = f"""{NO_LONGER_THAN}
 import sys
 
 from latentd_trainer.__main__ import main
@@ -87,10 +93,14 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
     """While one trains, others are refused, also to resume; once it is gone, even killed, training goes on."""
     arguments = ["fit", "vae", "--out", str(tmp_path / "run"), "--every", "1", *QUICK]
     command = [sys.executable, "-c", WAIT_IN_THE_THIRD_STEP, *arguments]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+    told = tmp_path / "told.txt"
+    with (
+        told.open("w") as errors,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as first,
+    ):
         try:
             assert first.stdout is not None
-            assert "waiting\n" in first.stdout
+            assert "waiting\n" in first.stdout, told.read_text()
             fresh, resumed = call(*arguments), call(*arguments, "--resume")
         finally:
             first.kill()
@@ -104,15 +114,22 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
 
 def test_of_two_that_begin_at_once_one_is_refused(tmp_path: Path) -> None:
     """Exactly one of two processes gets a new directory, and what it leaves is one run from end to end."""
-    out = tmp_path / "run"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-m", "latentd_trainer", "fit", "vae", "--out", out, "--seed", str(seed), *QUICK]
-        )
-        for seed in (1, 2)
-    ]
-    codes = [process.wait(timeout=120) for process in both]
-    assert sorted(map(bool, codes)) == [False, True]
+    out, told = tmp_path / "run", [tmp_path / f"{seed}.txt" for seed in (1, 2)]
+    both = []
+    try:
+        for seed, log in enumerate(told, 1):
+            with log.open("w") as errors:
+                command = [sys.executable, "-c", FIT, "fit", "vae", "--out", out, "--seed", str(seed), *QUICK]
+                both.append(subprocess.Popen(command, stdout=errors, stderr=errors))
+        codes = [process.wait(timeout=150) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    said_by = [" ".join(log.read_text().split()) for log in told]
+    assert sorted(map(bool, codes)) == [False, True], said_by
+    refused = said_by[1 - codes.index(0)]
+    assert "already holds a run" in refused or "another process is training here" in refused, refused
     assert checkpoint.read_record(out).seed == codes.index(0) + 1
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
 
