@@ -53,6 +53,7 @@ class RunRecord:
     processes: int
     versions: Mapping[str, str]
     start: Mapping[str, Any] | None = None  # the run that it went on from, see `start.of_run`
+    latents_of: str | None = None  # the bundle whose latents are trained on, as `encoded.load_data` takes it
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ def build_family(name: str, settings: Mapping[str, Any], info: DataInfo, seed: i
     if unknown := settings.keys() - known:
         raise ValueError(f"{name} has no settings {', '.join(sorted(unknown))}; another version may have had them")
     config = family.config_type(**settings)
+    if info.latents is not None and not family.takes_latents:
+        raise ValueError(f"{name} is trained on images; --latents-of is for diffusion")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return family(config, info)
@@ -159,9 +162,7 @@ def read_record(directory: Path) -> RunRecord:
     path = directory / RECORD_FILE
     try:
         fields = json.loads(path.read_bytes())
-        info = fields.pop("info")
-        sequences = {key: tuple(info[key]) for key in ("shape", "class_names", "class_probabilities")}
-        return RunRecord(info=DataInfo(**{**info, **sequences}), **fields)
+        return RunRecord(info=DataInfo.of(fields.pop("info")), **fields)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); is {directory} a run?") from error
     except (ValueError, TypeError, KeyError) as error:

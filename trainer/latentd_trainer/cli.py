@@ -51,6 +51,14 @@ def fit(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A setting of the family, see `latentd-train settings`."),
     ] = None,
+    latents_of: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE",
+            help="Train on latents of the data by this bundle's encoder, MODELS/NAME[/VERSION], in place of the data: "
+            "latent diffusion, which that bundle decodes.",
+        ),
+    ] = None,
     from_: Annotated[
         Path | None,
         typer.Option("--from", metavar="RUN", help="The trained run to go on from, for families that do (vae_gan)."),
@@ -88,6 +96,7 @@ def fit(
     from latentd_trainer.progress import Display
 
     given = {"data": data, "seed": seed, "precision": precision, "threads": threads}
+    given |= {"latents_of": None if latents_of is None else str(latents_of)}
     try:
         wanted = {} if preset is None else preset_settings(load_family(family), preset)
         wanted |= _parse_texts(settings or []) | ({} if steps is None else {"steps": str(steps)})
@@ -331,7 +340,7 @@ def _new_record(
     Raises:
         ValueError: settings are not allowed, or `start` was trained with others or on other data.
     """
-    from latentd_trainer import checkpoint, data, shard, train
+    from latentd_trainer import checkpoint, encoded, shard, train
 
     kind = load_family(family)
     config = parse_settings(kind.config_type, settings if start is None else start.settings(kind, settings))
@@ -339,7 +348,7 @@ def _new_record(
     if start is not None:
         values["data"] = start.run.record.data
     values |= {name: value for name, value in given.items() if value is not None}
-    dataset = data.load(values["data"])
+    dataset = encoded.load_data(values["data"], values.get("latents_of"))
     if start is not None and dataset.info.sha256 != start.run.record.info.sha256:
         raise ValueError(f"{start.directory} was trained on other data than {values['data']}")
     record = checkpoint.RunRecord(
@@ -362,7 +371,7 @@ def _continued_record(
     Raises:
         ValueError: options ask for another run than this one, or the data have changed; the message lists all.
     """
-    from latentd_trainer import checkpoint, data, shard, train
+    from latentd_trainer import checkpoint, encoded, shard, train
 
     record = checkpoint.read_record(out)
     asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -383,9 +392,11 @@ def _continued_record(
         problems.append(f"it went on from another run than {start.directory}")
     if problems:
         raise ValueError(f"{out} cannot be resumed as another run: {'; '.join(problems)}")
-    dataset = data.load(record.data)
+    dataset = encoded.load_data(record.data, record.latents_of)
     if dataset.info.sha256 != record.info.sha256:
         raise ValueError(f"{out} cannot be resumed: {record.data} has changed since the run began")
+    if dataset.info.latents != record.info.latents:
+        raise ValueError(f"{out} cannot be resumed: {record.latents_of} gives other latents than when the run began")
     if record.versions != train.versions():
         errors.print(
             f"note: begun with {dict(record.versions)}, resumed with {train.versions()}; bits may differ",

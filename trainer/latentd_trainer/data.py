@@ -13,7 +13,7 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,18 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
+class LatentsInfo:
+    """What must be known of latents that are trained on in place of images. They have mean 0 and deviation 1."""
+
+    model: str  # NAME@VERSION of whose they are
+    digest: str  # of its bundle
+    shape: tuple[int, ...]  # the first axis is that of channels
+    means: tuple[float, ...]  # of each channel before
+    deviations: tuple[float, ...]
+    bound: float  # no element is further from 0
+
+
+@dataclass(frozen=True)
 class DataInfo:
     """What a network must know of the data it is built for, and what a card says of them."""
 
@@ -50,6 +62,26 @@ class DataInfo:
     class_names: tuple[str, ...]
     class_probabilities: tuple[float, ...]  # p(label) in the training split
     sha256: str  # over the pixels and labels of both splits
+    latents: LatentsInfo | None = None  # of the images, where these are trained on
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> DataInfo:
+        """What JSON holds of it, where tuples are lists.
+
+        Raises:
+            TypeError: fields are missing, or there are too many.
+        """
+        latents = fields.get("latents")
+        return cls(**{**_tuples(fields), "latents": None if latents is None else LatentsInfo(**_tuples(latents))})
+
+    @property
+    def trained_shape(self) -> tuple[int, ...]:
+        """Of what is trained on, latents or images."""
+        return self.shape if self.latents is None else self.latents.shape
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 @dataclass(frozen=True)
@@ -61,12 +93,32 @@ class Split:
 
 
 @dataclass(frozen=True)
+class EncodedSplit:
+    """Latents of the images to train on, standardised."""
+
+    values: NDArray[np.float32]  # [n, *latent]
+    labels: NDArray[np.int64]  # [n]
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Images to train on, and images held out."""
 
     info: DataInfo
     train: Split
     test: Split
+    encoded: EncodedSplit | None = None  # what is trained on in place of `train`
+
+    @property
+    def trained_labels(self) -> NDArray[np.int64]:
+        """The label of each row that is trained on, [n] i64."""
+        return self.train.labels if self.encoded is None else self.encoded.labels
+
+    def trained_rows(self, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows that are trained on: images on the scale of every network, -1 .. 1, or latents."""
+        if self.encoded is not None:
+            return self.encoded.values[chosen]
+        return scale(self.train.pixels[chosen], self.info.levels)
 
 
 def scale(pixels: NDArray[np.uint8], levels: int) -> NDArray[np.float32]:

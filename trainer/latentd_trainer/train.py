@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from latentd_trainer import checkpoint, plots
-from latentd_trainer.data import Dataset, batch_indices, scale
+from latentd_trainer.data import Dataset, batch_indices
 from latentd_trainer.families import Batch, Family, Moment
 from latentd_trainer.log import TrainingLog
 from latentd_trainer.optimization import PRECISIONS, autocast
@@ -56,10 +56,9 @@ def step_seed(seed: int, step: int) -> int:
 
 def global_batch(dataset: Dataset, size: int, step: int, seed: int) -> Batch:
     """What all processes together train on in a step; a size of 0 is all images."""
-    train = dataset.train
-    chosen = batch_indices(step, size or len(train.labels), len(train.labels), seed)
-    images = torch.from_numpy(scale(train.pixels[chosen], dataset.info.levels))
-    return Batch(images, torch.from_numpy(train.labels[chosen]))
+    labels = dataset.trained_labels
+    chosen = batch_indices(step, size or len(labels), len(labels), seed)
+    return Batch(torch.from_numpy(dataset.trained_rows(chosen)), torch.from_numpy(labels[chosen]))
 
 
 def choose_device(name: str, precision: str, rank: int = 0) -> torch.device:
@@ -207,8 +206,9 @@ class _Loop:
         if draw:
             class_count = len(self.dataset.info.class_names)
             labels = torch.arange(_GRID_COLUMNS).repeat(_GRID_ROWS) % class_count
-            samples = self.family.sample(labels, _GRID_SEED).numpy()
-            checkpoint.write_whole(self.directory / SAMPLES_PICTURE, plots.grid(samples, _GRID_COLUMNS))
+            if self.dataset.info.latents is None:  # latents are nothing to look at
+                samples = self.family.sample(labels, _GRID_SEED).numpy()
+                checkpoint.write_whole(self.directory / SAMPLES_PICTURE, plots.grid(samples, _GRID_COLUMNS))
             checkpoint.write_whole(self.directory / LOSS_PICTURE, plots.curves(self.log.read()))
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -188,8 +187,8 @@ def _rebuild(directory: Path) -> tuple[ServingSpec | None, str, list[str]]:
         return None, "there is no checkpoint beside it", []
     try:
         record = bundles.read_record(directory)
-        info = _tuples(record["info"])
-        spec = build_family(record["family"], record["settings"], DataInfo(**info), record["seed"]).serving_spec()
+        info = DataInfo.of(record["info"])
+        spec = build_family(record["family"], record["settings"], info, record["seed"]).serving_spec()
         export.load_weights(spec, safetensors.torch.load(weights_path.read_bytes()))
     except (
         BundleError,
@@ -203,8 +202,3 @@ def _rebuild(directory: Path) -> tuple[ServingSpec | None, str, list[str]]:
     ) as error:
         return None, "the checkpoint cannot be used", [f"{type(error).__name__}: {error}"]
     return spec, "", []
-
-
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows lists only, where a record holds tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
