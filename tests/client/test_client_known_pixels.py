@@ -24,7 +24,7 @@ def sent(server: FakeServer, index: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_known_pixels_and_mask_are_sent(client: Any, server: FakeServer) -> None:
-    """Truth values travel as bytes; a single image and a single mask, were it of one channel, get their batch axis."""
+    """Truth values and integers travel as bytes; a single image and a single mask, were it of one channel, get their batch axis."""
     client.sample("toy-diffusion", 4, known=IMAGES, mask=MASKS)
     values, mask = sent(server)
     np.testing.assert_array_equal(values, IMAGES)
@@ -32,6 +32,8 @@ def test_known_pixels_and_mask_are_sent(client: Any, server: FakeServer) -> None
     client.sample("toy-diffusion", 4, known=IMAGES[0], mask=MASKS[0, :1])
     values, mask = sent(server, 1)
     assert (values.shape, mask.shape, mask.dtype) == ((1, *SHAPE), (1, 1, *SHAPE[1:]), np.uint8)
+    client.sample("toy-diffusion", 4, known=IMAGES[0], mask=MASKS[0].astype(int).tolist())
+    assert sent(server, 2)[1].dtype == np.uint8
 
 
 def test_latents_can_be_asked_for(client: Any, server: FakeServer) -> None:
