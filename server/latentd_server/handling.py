@@ -19,8 +19,9 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 from latentd.names import CALLER_KEY, PRIORITY_KEY, REQUEST_ID_KEY
+from latentd.v1 import generation_service_pb2
 
-from latentd_server import errors
+from latentd_server import batches, errors
 from latentd_server.accounts import Peer
 from latentd_server.failures import FieldsInvalidError, ReaderTooSlowError, Violation
 
@@ -97,18 +98,24 @@ def register(server: aio.Server, service: ServiceDescriptor, servicer: object) -
 
 @dataclass(frozen=True, slots=True)
 class Junk:
-    """Bytes that are no message of the type that was due."""
+    """Bytes that are no message of the type that was due, or that are not worth reading."""
 
     type_name: str
+    violation: Violation | None = None  # what is wrong with them, where that is another thing
 
     @property
     def error(self) -> FieldsInvalidError:
         """What the caller is told."""
-        return FieldsInvalidError([Violation("", f"the request is no {self.type_name}: its bytes cannot be read")])
+        text = f"the request is no {self.type_name}: its bytes cannot be read"
+        return FieldsInvalidError([self.violation or Violation("", text)])
 
 
 def _reader(kind: type[Message]) -> Callable[[bytes], Message | Junk]:
+    batched = kind is generation_service_pb2.StreamRequest
+
     def read(data: bytes) -> Message | Junk:
+        if batched and (wrong := batches.problem(data)) is not None:
+            return Junk(kind.DESCRIPTOR.full_name, Violation("batch", wrong))
         try:
             return kind.FromString(data)
         except DecodeError:
