@@ -1158,7 +1158,7 @@ class StreamRequestBatch(google.protobuf.message.Message):
     REQUESTS_FIELD_NUMBER: builtins.int
     @property
     def requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StreamRequest]:
-        """None of them may be a batch."""
+        """None of them may be a batch. A message of more than 256 KiB may hold 16,384 of them."""
 
     def __init__(
         self,
