@@ -37,6 +37,28 @@ TIMESTEPS = (9, 6, 3, 0)
 CLASS_COUNT = 10
 
 
+def toy_card() -> model_pb2.ModelCard:
+    """A card of which everything is told."""
+    card = model_pb2.ModelCard(
+        description="A toy.",
+        license="Apache-2.0",
+        dataset_license="CC-BY-4.0",
+        metrics={"frechet-ratio": 1.25},
+        likelihood=model_pb2.ModelCard.Likelihood(
+            kind=model_pb2.ModelCard.Likelihood.KIND_BOUND,
+            measure=model_pb2.ModelCard.Likelihood.MEASURE_MASS,
+            explanation="Of toys.",
+            nats=-44.36,
+            bits_per_dimension=4,
+            draw_count=50,
+        ),
+    )
+    card.capabilities.add(method=model_pb2.Model.METHOD_ENCODE, description="a code")
+    card.capabilities.add(method=model_pb2.Model.METHOD_SCORE, description="no critic")
+    card.comparisons.add(relation="tuned from", model="older@2", digest="sha256:0a", metrics={"recall": 0.625})
+    return card
+
+
 @dataclass
 class Fault:
     """What goes wrong in one call: after `after` messages, wait `delay_s`, then fail with `code`, or end well if None.
@@ -407,7 +429,7 @@ class FakeServer(generation_service_pb2_grpc.GenerationServiceServicer, model_se
             "state": model_pb2.Model.STATE_ACTIVE,
             "sample_spec": spec,
             "class_names": [f"class {i}" for i in range(CLASS_COUNT)],
-            "card": model_pb2.ModelCard(description="A toy.", metrics={"frechet-ratio": 1.25}),
+            "card": toy_card(),
         }
         return [
             model_pb2.Model(

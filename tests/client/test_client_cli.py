@@ -77,6 +77,21 @@ def test_describe_says_what_a_model_can_do(run: Run) -> None:
     assert answer(run("--json", "describe", "toy"))["latentSpec"]["shape"] == ["3"]
 
 
+def test_describe_shows_the_whole_card(run: Run) -> None:
+    """What methods answer or why not, the likelihood with its figures, both licences, and what it is held against."""
+    lines = [" ".join(line.split()) for line in run("describe", "toy-diffusion").stdout.splitlines()]
+    for line in (
+        "encode a code",
+        "score no: no critic",
+        "likelihood lower bound of a probability mass, IWAE-50: -44.36 nats, 4 bits/dim. Of toys.",
+        "licence Apache-2.0",
+        "data licence CC-BY-4.0",
+        "tuned from older@2 sha256:0a",
+        "recall 0.625",
+    ):
+        assert line in lines
+
+
 def test_sample_writes_pictures_and_arrays(run: Run) -> None:
     """The grid and the arrays hold the samples of the seed; the PNG says how it was made."""
     facts = answer(run("--json", "sample", "toy", "-n", 6, "--seed", 7, "--label", "3,1", "-o", "a.png", "-o", "a.npz"))

@@ -205,6 +205,34 @@ def test_a_pipeline_becomes_a_bundle_that_the_server_reads(tmp_path: Path) -> No
     assert "spaced 'leading'" in bundles.read_record(written)["notes"][0]
 
 
+@pytest.mark.parametrize(
+    ("head", "license", "dataset"),
+    [
+        ("license: apache-2.0\ndatasets:\n- mnist\n- digits", "Apache-2.0", "mnist, digits"),
+        ("license: creativeml-openrail-m", "LicenseRef-creativeml-openrail-m", ""),
+        ("license: other\nlicense_name: house rules\ndatasets: mnist", "LicenseRef-house-rules", "mnist"),
+        ("license: other", "NOASSERTION", ""),
+        ("library_name: diffusers", "NOASSERTION", ""),
+        (None, "NOASSERTION", ""),
+    ],
+)
+def test_the_pipeline_s_model_card_tells_its_licence(
+    head: str | None, license: str, dataset: str, tmp_path: Path
+) -> None:
+    """A hub's words become SPDX expressions; what nobody has said is not known."""
+    if head is not None:
+        (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# A pipeline\n")
+    said = diffusers_folder._model_card(tmp_path)
+    assert (said.license, said.dataset) == (license, dataset)
+
+
+def test_a_damaged_model_card_is_named(tmp_path: Path) -> None:
+    """Not guessed at and not passed over."""
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(ImportingError, match=r"README\.md: is no model card"):
+        diffusers_folder._model_card(tmp_path)
+
+
 def autoencoder(kind: str) -> Any:
     """One of each kind, for images of 8 x 8 and latents of 4 x 4."""
     options: dict[str, Any] = {
