@@ -168,3 +168,12 @@ def test_the_ladder_s_criteria_are_its_order(tmp_path: Path, monkeypatch: pytest
     assert [criterion.is_met(section.figures) for criterion in section.criteria] == [True, True, False, True, True]
     assert section.verdict == "holds in part"
     assert ladder.markdown(rungs) in section.body
+
+
+def test_the_ladder_s_models_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second climb measures the three that the first one kept, with the same figures to the last bit."""
+    monkeypatch.setattr(ladder, "BOUND_DRAWS", 5)
+    monkeypatch.setattr(ladder, "MIXTURE_STEPS", 2)
+    first = historical_ladder.study(quick(tmp_path))
+    monkeypatch.setattr(ladder, "train", lambda *_: pytest.fail("was trained again"))
+    assert historical_ladder.study(quick(tmp_path)).figures == first.figures

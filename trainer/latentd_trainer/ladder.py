@@ -44,11 +44,16 @@ class Rung:
     exact: bool  # else a lower bound
 
 
+Train = Callable[[str, Mapping[str, Any], Dataset, int], Family]
+"""A family's name, settings that replace its recipe's, images and a seed to the trained family."""
+
+
 def climb(
     dataset: Dataset,
     seed: int = 0,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     tell: Callable[[str], None] = lambda _: None,
+    trained: Train | None = None,
 ) -> list[Rung]:
     """Train every model on the same binarised images and measure it on the held-out ones, oldest first.
 
@@ -57,11 +62,13 @@ def climb(
         seed: Of all weights, batches and draws.
         settings: Settings by family that replace the recipes'.
         tell: Told what is being trained.
+        trained: What trains; `train` if not given.
 
     Returns:
         The rungs in their historical order, which on the embedded digits is that of their likelihoods too.
     """
     given = settings or {}
+    trained = trained or train
     plain = binarised(dataset)
     rungs = list(_closed_forms(dataset, seed))
     for objective, name, source in (
@@ -70,11 +77,11 @@ def climb(
     ):
         tell(name)
         wanted = {**given.get("helmholtz", {}), "objective": objective}
-        machine = train("helmholtz", wanted, plain, seed)
+        machine = trained("helmholtz", wanted, plain, seed)
         assert isinstance(machine, HelmholtzMachine)
         rungs.append(Rung(name, source, _bound(machine.importance_weighted_bound, plain, seed), exact=False))
     tell("VAE")
-    vae = train("vae", given.get("vae", {}), plain, seed)
+    vae = trained("vae", given.get("vae", {}), plain, seed)
     assert isinstance(vae, Vae)
     labels = torch.from_numpy(plain.test.labels)
     bound = _bound(partial(vae.importance_weighted_bound, labels=labels), plain, seed)

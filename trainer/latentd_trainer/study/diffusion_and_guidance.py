@@ -80,9 +80,7 @@ def study(settings: Settings) -> Section:
             Picture(
                 "diffusion-samples.png",
                 "Held-out images and samples, a row a class; first ones first. A scale of 0 asks for no class.",
-                digit_pictures.samples(
-                    digits.picture_rows({name: drawn[name] for name in drawn if name != f"{_SWEPT}-5"})
-                ),
+                digit_pictures.samples(digits.picture_rows(drawn)),
             ),
             Picture(
                 "guidance.png",
