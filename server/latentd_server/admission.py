@@ -82,6 +82,7 @@ class _Part:
     steps: int
     rows: int
     evaluations: int
+    lanes: int = 0  # that keep their state between evaluations
     line: _Line | None = None  # that it is counted in, while it is not paused
 
 
@@ -131,6 +132,8 @@ class Admission:
         self._rates = DrainRates()
         self._inflow = Decaying()  # evaluations accepted of late
         self._promises: dict[str, _Promises] = {}  # by model; "" is the server
+        self._state_lanes: dict[GraphKey, int] = {}  # room for lanes' state, where that is bounded
+        self._lanes: Counter[GraphKey] = Counter()  # that may take it
         self.backlog = 0  # evaluations accepted and not yet run
 
     def admit(
@@ -146,16 +149,25 @@ class Admission:
         if deadline_s is not None and deadline_s <= now_s:
             raise DeadlineUnreachableError("the deadline has passed before the request was admitted", 0.0)
         self._check_bounds(job, caller, now_s)
+        if self._state_lanes:
+            self._check_state(job, now_s)
         if deadline_s is not None:
             self._check_reachable(job, caller, priority, now_s, deadline_s - now_s)
         ticket = self._tickets[job_id] = _Ticket(caller, priority)
         for stage in stages(job):
             evaluations = stage.lane_count * stage.evaluations_per_lane
             part = _Part(graph_key(stage), _steps(stage), stage.lane_count * stage.rows_per_lane, evaluations)
+            if part.steps > 1 and part.key in self._state_lanes:
+                part.lanes = stage.lane_count
+                self._lanes[part.key] += part.lanes
             ticket.parts[part.key] = part
             self._inflow.add(evaluations, now_s)
             self._enter(ticket, part)
             self._count(part, caller, evaluations)
+
+    def limit_state(self, key: GraphKey, lanes: int) -> None:
+        """A graph's device has room for the state of so many lanes between their evaluations, of all callers."""
+        self._state_lanes[key] = lanes
 
     def has_room(self, evaluations: int) -> bool:
         """Whether there is room for so many of any model and caller, for there is little altogether."""
@@ -180,6 +192,9 @@ class Admission:
             rows, done = segment.rows, segment.count * segment.entry.rows_per_lane if arrival.done else 0
             part.rows -= done
             part.evaluations -= rows
+            if part.lanes and arrival.done:
+                part.lanes -= segment.count
+                self._lanes[part.key] -= segment.count
             if part.line is not None:
                 part.line.add(-done, part.steps, -rows)
             self._count(part, ticket.caller, -rows)
@@ -206,6 +221,8 @@ class Admission:
             if not ticket.paused:
                 self._exit(ticket, part)
             self._count(part, ticket.caller, -part.evaluations)
+            if part.lanes:
+                self._lanes[part.key] -= part.lanes
 
     def _enter(self, ticket: _Ticket, part: _Part) -> None:
         flows = self._flows.setdefault(part.key, {})
@@ -235,6 +252,9 @@ class Admission:
         """Forget what the graphs of a model cost; its last job must be over."""
         for key in [key for key in self._costs if key[0] == model]:
             del self._costs[key]
+        for key in [key for key in self._state_lanes if key[0] == model]:
+            del self._state_lanes[key]
+            self._lanes.pop(key, None)
         self._promises.pop(model, None)
         self._rates.rows.pop(model, None)
 
@@ -275,6 +295,20 @@ class Admission:
                 promises = self._promises.setdefault(model, _Promises(told_s=now_s))
                 retry_s = promises.wait_s(excess, wanted, self._rates.per_s(model), now_s)
                 raise OverloadedError(held, bound, retry_s, model)
+
+    def _check_state(self, job: Job, now_s: float) -> None:
+        for stage in stages(job):
+            key = graph_key(stage)
+            most, held = self._state_lanes.get(key), self._lanes[key]
+            if most is None or not held or held + stage.lane_count <= most or _steps(stage) == 1:
+                continue
+            left_of_each = self._by_model.get(stage.model, 0) / held
+            excess = math.ceil((held + stage.lane_count - most) * left_of_each)
+            promises = self._promises.setdefault(stage.model, _Promises(told_s=now_s))
+            wanted = stage.lane_count * stage.evaluations_per_lane
+            retry_s = promises.wait_s(excess, wanted, self._rates.per_s(stage.model), now_s)
+            unit = "samples under way, whose state is on the device,"
+            raise OverloadedError(held, most, retry_s, stage.model, unit=unit)
 
     def _check_reachable(self, job: Job, caller: str, priority: Priority, now_s: float, left_s: float) -> None:
         """The longest of a job's stages is judged among others; the rest are taken to be alone, for by then, or until

@@ -146,6 +146,7 @@ async def serving(config: Config, device: Device, points: Points | None = None) 
         strict=config.determinism == "strict",
         cache=open_cache(config.cache, os.environ),
         grace_s=config.drain_seconds,
+        max_samples=config.max_samples,
     )
     health = Health()
     registry.subscribe(health.model_changed)

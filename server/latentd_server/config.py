@@ -89,7 +89,9 @@ class Config(BaseModel):
         "auto", description="auto (a GPU if there is one that can be used), cpu, or cuda:N"
     )
     gpu_memory_mib: int = Field(
-        0, ge=0, description="MiB of GPU memory that the arena of one network may grow to; 0 is no limit"
+        0,
+        ge=0,
+        description="MiB of GPU memory for one network, its arena and the state of samples under way; 0 is no limit",
     )
     gpu_arena: Literal["exact", "double"] = Field(
         "exact", description="how that arena grows: by exactly what is asked for, or doubling, with fewer allocations"

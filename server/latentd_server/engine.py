@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -258,8 +259,19 @@ class Engine:
         while any(model in needed for needed in self._models.values()):
             await self._waiters.setdefault(model, asyncio.Event()).wait()
 
-    def attach(self, runners: dict[GraphKey, Runner], *, promise: bool = False) -> None:
-        """Take over the graphs of a model that is about to be served; `promise` is whether its bytes are checked."""
+    def attach(
+        self,
+        runners: dict[GraphKey, Runner],
+        *,
+        promise: bool = False,
+        state_lanes: Mapping[GraphKey, int] = MappingProxyType({}),
+    ) -> None:
+        """Take over the graphs of a model that is about to be served; `promise` is whether its bytes are checked,
+        `state_lanes` for how many lanes' state there is room where that is bounded.
+        """
+        with self._admission_lock:
+            for key, lanes in state_lanes.items():
+                self._admission.limit_state(key, lanes)
         self._hand_over.tell(lambda: self._newcomers.append((runners, promise)))
 
     def detach(self, model: str) -> None:

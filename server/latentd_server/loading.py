@@ -2,9 +2,10 @@
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentd import __version__
@@ -46,6 +47,7 @@ class LoadedModel:
     servable: Servable
     runners: dict[GraphKey, Runner]
     checkable: bool  # whether the bytes of its own graphs are promised
+    state_lanes: dict[GraphKey, int] = field(default_factory=dict)  # room for lanes' state, where that is bounded
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Terms:
     max_rows: int
     strict: bool  # equal bytes, or else whatever is fastest
     cache: CertificateCache
+    max_samples: int = 1024  # of one request
 
 
 def load(directory: Path, terms: Terms, served: Mapping[str, Servable] = _NONE) -> LoadedModel:
@@ -75,12 +78,15 @@ def load(directory: Path, terms: Terms, served: Mapping[str, Servable] = _NONE) 
     circumstances = conditions(model.digest, terms.device, terms.threads)
     runners: dict[GraphKey, Runner] = {}
     certificates: dict[str, Certificate] = {}
+    state_lanes: dict[GraphKey, int] = {}
     for network in stored.message.networks:
         with compiling():
             runner, trial, data = _prepared(network, stored, terms)
             known = circumstances | {"graph": hashlib.sha256(data).hexdigest(), "latentd": __version__}
             certificate = _certificate(trial, known, terms)
         runner.buckets = certificate.buckets
+        if isinstance(runner, StepRunner) and (lanes := state_room(terms, tuple(state_spec(model).shape)).lanes):
+            state_lanes[model.name, network.role] = lanes
         runners[model.name, network.role] = Alone(runner) if certificate.promise is Promise.ALONE else runner
         certificates[network.file] = certificate
         if terms.strict and certificate.promise is not Promise.BATCHED:
@@ -92,7 +98,41 @@ def load(directory: Path, terms: Terms, served: Mapping[str, Servable] = _NONE) 
         model.determinism.determinism_class = name = joined(name, decoder.determinism_class)
         model.determinism.explanation += f"; samples are decoded by {decoder.model.name}, which its class covers"
     log.info("%s is ready after %.2f s (%s)", model.name, time.monotonic() - started, name)
-    return LoadedModel(Servable(stored.message, stored.schedule, name, is_promise(name), decoder), runners, own)
+    return LoadedModel(
+        Servable(stored.message, stored.schedule, name, is_promise(name), decoder), runners, own, state_lanes
+    )
+
+
+@dataclass(frozen=True)
+class StateRoom:
+    """How a denoiser shares the device's memory with the state of lanes under way."""
+
+    device: Device  # with what is left to the network's arena
+    lanes: int | None = None  # of several steps, that may be accepted; None is any number
+    slots: int | None = None  # to begin with; None is what a few calls need
+
+
+def state_room(terms: Terms, shape: tuple[int, ...]) -> StateRoom:
+    """Set the state's memory apart where memory is limited: enough for the largest request and for calls under way.
+
+    Raises:
+        BundleError: that is more than half of the limit.
+    """
+    limit_mib = terms.device.cuda.memory_mib
+    if not (terms.device.has_memory and limit_mib):
+        return StateRoom(terms.device)
+    slots = terms.max_samples + 4 * terms.max_rows  # two calls under way, and lanes that leave as others come
+    pool_mib = math.ceil(8 * math.prod(shape) * (slots + 1) / 2**20)  # x and h, and the slot of padding
+    if 2 * pool_mib > limit_mib:
+        raise BundleError(
+            [
+                f"the state of {slots} samples under way takes {pool_mib} MiB of GPU memory, and at most half of "
+                f"--gpu-memory-mib {limit_mib} may go to it; give {2 * pool_mib} or more, or lower --max-samples "
+                f"{terms.max_samples} or --max-batch-rows {terms.max_rows}"
+            ]
+        )
+    cuda = replace(terms.device.cuda, memory_mib=limit_mib - pool_mib)
+    return StateRoom(replace(terms.device, cuda=cuda), terms.max_samples, slots)
 
 
 def _prepared(
@@ -116,7 +156,8 @@ def _prepared(
         shape,
     )
     has_label = label is not None
-    steps = StepRunner(CompiledGraph(data, terms.device, terms.threads), shape, everything)
+    room = state_room(terms, shape)
+    steps = StepRunner(CompiledGraph(data, room.device, terms.threads), shape, everything, lanes=room.slots)
     return steps, StepTrial(steps, model, has_label, terms.max_rows), data
 
 

@@ -164,6 +164,29 @@ def test_what_has_no_room_is_refused_before_it_is_understood(bounds: Bounds, err
     assert server.admission.backlog == 8
 
 
+def test_lanes_that_keep_state_have_room_of_their_own() -> None:
+    """Those of one step keep none; what is done or given up leaves its room; the hint is when there will be some."""
+    server = Server()
+    key = ("a@1", bundle_pb2.Network.ROLE_DENOISER)
+    server.admission.limit_state(key, 10)
+    first = server.submit(steps(4, lanes=8), "x")
+    server.run(1)
+    server.submit(steps(1, lanes=50), "y")
+    server.submit(steps(4, lanes=50, model="b@1"), "y")
+    with pytest.raises(OverloadedError, match=r"holds 8 samples under way, .* of at most 10") as refused:
+        server.submit(steps(4, lanes=3), "y")
+    assert 0 < refused.value.retry_after_s < 30
+    server.drop(server.submit(steps(4, lanes=2), "y"))
+    server.drop(first)
+    server.submit(steps(4, lanes=10), "y")
+    server.run()
+    server.submit(steps(4, lanes=99), "y")  # alone there is always room: it was made for the largest request
+    server.run()
+    server.admission.forget_model("a@1")
+    server.submit(steps(4, lanes=8))
+    server.submit(steps(4, lanes=8))
+
+
 def test_bounds_are_of_their_own_model_and_caller() -> None:
     """A model or a caller at its bound keeps no other out."""
     server = Server(Bounds(10**9, 100, 60))

@@ -11,11 +11,17 @@ from google.protobuf.json_format import MessageToJson, Parse
 from latentd.names import BUNDLE_FILE
 from latentd.v1 import bundle_pb2, model_pb2, model_service_pb2, model_service_pb2_grpc
 from latentd.v1 import generation_service_pb2 as pb
-from latentd_server import loading
+from latentd_server import loading, resolve
+from latentd_server.bundle import BundleError
 from latentd_server.certificate import Certificate, Trial
 from latentd_server.certificate_cache import CertificateCache
-from latentd_server.loading import Terms, load
-from latentd_server.runtime import Device
+from latentd_server.engine import Engine
+from latentd_server.failures import OverloadedError
+from latentd_server.loading import StateRoom, Terms, load, state_room
+from latentd_server.metrics import Metrics
+from latentd_server.models import Registry
+from latentd_server.plans import Limits
+from latentd_server.runtime import CudaSettings, Device
 from live import Live, gathered
 
 Determinism = model_pb2.ModelDeterminism
@@ -173,3 +179,44 @@ def test_a_promise_in_a_bundle_is_not_the_servers(tmp_path: Path) -> None:
     said = load(directory, terms()).servable.model.determinism
     assert said.explanation != "trust me"
     assert {graph.promise for graph in said.graphs} == {Determinism.PROMISE_BATCHED}
+
+
+def on_gpu(memory_mib: int, **fields: Any) -> Terms:
+    device = Device("cuda", cuda=CudaSettings(memory_mib=memory_mib))
+    return Terms(device, 1, 8, True, CertificateCache(None), **fields)
+
+
+def test_limited_memory_is_shared_with_the_state_of_samples_under_way() -> None:
+    """The pool has room for the largest request and the calls under way from the start; the arena has what is left."""
+    room = state_room(on_gpu(100, max_samples=991), (3, 32, 32))
+    assert (room.lanes, room.slots) == (991, 991 + 32)
+    assert room.device.cuda.memory_mib == 100 - 24  # 1,024 slots of 24 KiB
+    for unlimited in (on_gpu(0), Terms(Device("cpu"), 1, 8, True, CertificateCache(None))):
+        assert state_room(unlimited, (3, 512, 512)) == StateRoom(unlimited.device)
+
+
+def test_a_model_whose_state_does_not_fit_says_what_it_needs() -> None:
+    """At load, with the settings that would do; and those do."""
+    with pytest.raises(BundleError) as refused:
+        state_room(on_gpu(1000), (3, 512, 512))
+    (problem,) = refused.value.problems
+    assert "takes 6342 MiB of GPU memory" in problem
+    assert "give 12684 or more, or lower --max-samples 1024 or --max-batch-rows 8" in problem
+    assert state_room(on_gpu(12684), (3, 512, 512)).device.cuda.memory_mib == 6342
+
+
+async def test_room_for_state_is_kept_by_the_registry(models_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model was loaded with is what the engine's door goes by."""
+    room = StateRoom(Device("cpu"), 5, 40)
+    monkeypatch.setattr(loading, "state_room", lambda terms, shape: room)
+    engine = Engine(Metrics(), max_rows=8, max_backlog=10_000)
+    registry = Registry(models_root, engine, Device("cpu"), threads=1, max_rows=8)
+    await registry.load("tiny-diffusion")
+    job = resolve.sample(
+        pb.SampleRequest(model="tiny-diffusion", sample_count=4), registry.get("tiny-diffusion"), 1, Limits()
+    ).job
+    engine.submit(job, caller="x", deadline=None, sink=lambda event: None)
+    with pytest.raises(OverloadedError, match="samples under way"):
+        engine.submit(job, caller="y", deadline=None, sink=lambda event: None)
+    await engine.drained()
+    await engine.close()
