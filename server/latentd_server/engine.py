@@ -224,15 +224,6 @@ class Engine:
             sink(Failed(error))
         return len(jobs)
 
-    def give_up(self, model: str, error: ServingError) -> int:
-        """Fail every accepted job that needs a model; returns how many there were."""
-        jobs = [job_id for job_id, needed in self._models.items() if model in needed]
-        for job_id in jobs:
-            sink = self._sinks[job_id]
-            self.cancel(job_id)
-            sink(Failed(error))
-        return len(jobs)
-
     def pause(self, job_id: int) -> None:
         """Let a job's lanes sit out until `resume`; its deadline goes on."""
         self._pause(job_id, True)
