@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 
 TINY = {
     "vae": {"width": 8, "hidden": 16, "latent": 3},
-    "gan": {"width": 8, "hidden": 16, "latent": 5},
+    "gan": {"width": 8, "hidden": 16, "latent": 5, "inversion": 0.6},
+    "infogan": {"width": 8, "hidden": 16, "codes": 3, "noise": 5},
     "vae_gan": {"width": 8, "hidden": 16, "latent": 3, "discriminator_steps": 5},
     "diffusion": {"width": 8, "timestep_count": 20},
     "helmholtz": {"lower": 6, "upper": 4, "draws": 3},
