@@ -2,6 +2,8 @@
 
 Run as `python -m tests.bench.stalled`; needs the bundles of `make demo`. Half of the stalled are Sample calls, half are
 Streams with previews among their requests; each has more to come than the server keeps for it, and never reads on.
+Two servers run side by side, one with the stalled and one without, and the honest client asks them in turns, so that
+whatever else the machine does meets both alike.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +80,23 @@ async def ask(target: str, in_flight: int, seconds: float) -> None:
     print(json.dumps(latencies))
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server at work, and where its gRPC and HTTP answer."""
+
+    pid: int
+    target: str
+    http: str
+
+    @property
+    def cpu_s(self) -> float:
+        """User and system time it has used, by its clock as clock_getcpuclockid(3) names it."""
+        return time.clock_gettime(~self.pid << 3 | 2)
+
+
 @contextmanager
-def server(models: Path) -> Iterator[tuple[int, str, str]]:
-    """A server that never refuses and never gives a reader up: its process id, and where gRPC and HTTP answer."""
+def server(models: Path) -> Iterator[Server]:
+    """A server that never refuses and never gives a reader up."""
     with socket.socket() as first, socket.socket() as second:
         for each in (first, second):
             each.bind(("127.0.0.1", 0))
@@ -95,7 +112,7 @@ def server(models: Path) -> Iterator[tuple[int, str, str]]:
             if process.poll() is not None:
                 raise RuntimeError("the server did not come up")
             time.sleep(0.1)
-        yield process.pid, target, http
+        yield Server(process.pid, target, http)
     finally:
         process.terminate()
         process.wait(timeout=90)
@@ -122,7 +139,7 @@ def resident_mib(pid: int) -> float:
 
 @contextmanager
 def stalled(target: str, http: str, count: int) -> Iterator[None]:
-    """So many clients that have stopped reading, from when nothing is done for them any more."""
+    """So many clients that have stopped reading, from when all of them wait and nothing is done for them any more."""
     command = [sys.executable, "-m", "tests.bench.stalled", "--stall", target, "--streams", str(count)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -133,29 +150,40 @@ def stalled(target: str, http: str, count: int) -> Iterator[None]:
             while (now := total(http, "latentd_evaluations_total")) != before:
                 before = now
                 time.sleep(1.0)
+            if (waiting := total(http, "latentd_queue_depth")) < count:
+                raise RuntimeError(f"only {waiting:.0f} of {count} calls wait for their readers")
             yield
         finally:
             process.kill()
-    while total(http, "latentd_queue_depth"):
-        time.sleep(0.1)
 
 
-def p95_ms(target: str, in_flight: int, seconds: float) -> float:
-    """Of an honest client's samples."""
-    command = [sys.executable, "-m", "tests.bench.stalled", "--ask", target]
-    command += ["--in-flight", str(in_flight), "--seconds", str(seconds)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return float(np.percentile(json.loads(done.stdout), 95))
+@dataclass
+class Asked:
+    """What came of asking one server, round by round."""
+
+    server: Server
+    p95_ms: list[float] = field(default_factory=list)
+    cpu_us: list[float] = field(default_factory=list)  # of the server, a sample
+
+    def ask(self, in_flight: int, seconds: float) -> None:
+        """One round of an honest client."""
+        command = [sys.executable, "-m", "tests.bench.stalled", "--ask", self.server.target]
+        command += ["--in-flight", str(in_flight), "--seconds", str(seconds)]
+        before = self.server.cpu_s
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        latencies = json.loads(done.stdout)
+        self.cpu_us.append(1e6 * (self.server.cpu_s - before) / len(latencies))
+        self.p95_ms.append(float(np.percentile(latencies, 95)))
 
 
 def main() -> int:
-    """Alternate between the two and print the ratio of each pair, and what the server holds."""
+    """Ask the two servers in turns; print each round, and the ratio of the medians."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.stalled", description=__doc__)
     parser.add_argument("--models", type=Path, default=Path("models"), help="with digits-diffusion")
     parser.add_argument("--streams", type=int, default=64, help="how many stop reading")
     parser.add_argument("--in-flight", type=int, default=4, help="samples the honest client waits for")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each round")
+    parser.add_argument("--rounds", type=int, default=10, help="of each server")
     parser.add_argument("--stall", metavar="TARGET", help=argparse.SUPPRESS)
     parser.add_argument("--ask", metavar="TARGET", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -167,25 +195,34 @@ def main() -> int:
     if not (options.models / DIFFUSION / "1").exists():
         print(f"no bundle in {options.models / DIFFUSION}; `make demo` trains it", file=sys.stderr)
         return 2
-    ratios = []
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         bundles.write(root, bundles.TINY_VAE)
         (root / DIFFUSION).symlink_to((options.models / DIFFUSION).resolve())
-        with server(root) as (pid, target, http):
-            for _ in range(options.pairs):
-                without, idle = p95_ms(target, options.in_flight, options.seconds), resident_mib(pid)
-                with stalled(target, http, options.streams):
-                    held = resident_mib(pid)
-                    beside = p95_ms(target, options.in_flight, options.seconds)
-                ratios.append(beside / without)
-                each = (held - idle) / options.streams
-                print(
-                    f"p95 {without:.1f} ms alone, {beside:.1f} ms beside {options.streams} stalled streams: "
-                    f"{ratios[-1]:.2f}; {idle:.0f} MiB, then {held:.0f} MiB, {each:.1f} a stream",
-                    flush=True,
-                )
-    print(f"median ratio of p95: {statistics.median(ratios):.2f}")
+        with server(root) as one, server(root) as other:
+            alone, beside, idle = Asked(one), Asked(other), resident_mib(other.pid)
+            for asked in (alone, beside):  # everything is warm
+                asked.ask(options.in_flight, 1.0)
+                asked.p95_ms.clear()
+                asked.cpu_us.clear()
+            with stalled(other.target, other.http, options.streams):
+                held = resident_mib(other.pid)
+                rest = other.cpu_s
+                time.sleep(3.0)
+                rest = (other.cpu_s - rest) / 3.0
+                for number in range(options.rounds):
+                    for asked in (alone, beside)[:: 1 if number % 2 else -1]:
+                        asked.ask(options.in_flight, options.seconds)
+                    print(f"p95 {alone.p95_ms[-1]:.1f} ms alone, {beside.p95_ms[-1]:.1f} ms beside", flush=True)
+    each = (held - idle) / options.streams
+    print(f"{options.streams} stalled calls: {idle:.0f} MiB, then {held:.0f} MiB, {each:.1f} a call")
+    print(f"the server's CPU time while they stall and nobody asks: {1e3 * rest:.1f} ms a second")
+    for name, unit, pair in (
+        ("p95", "ms", (alone.p95_ms, beside.p95_ms)),
+        ("the server's CPU time a sample", "us", (alone.cpu_us, beside.cpu_us)),
+    ):
+        without, with_them = map(statistics.median, pair)
+        print(f"medians of {name}: {without:.1f} {unit} alone, {with_them:.1f} beside: {with_them / without:.2f}")
     return 0
 
 
