@@ -106,6 +106,11 @@ def test_every_metric_lands_in_the_card(bundle_of: Callable, measure: Callable, 
     if family == "vae":
         expected |= {"elbo", "iwae-20", "bits-per-dimension", "smallest-latent-kl"}
         expected |= {f"latent-kl-{index}" for index in range(4)}
+    if family == "diffusion":
+        expected |= {"elbo", "bits-per-dimension"}
+        likelihood = after.model.card.likelihood
+        assert likelihood.nats == after.model.card.metrics["elbo"] < 0
+        assert likelihood.bits_per_dimension == after.model.card.metrics["bits-per-dimension"]
     assert set(after.model.card.metrics) == expected
     assert np.isfinite(list(after.model.card.metrics.values())).all()
     assert after.model.digest == before.model.digest == bundle_digest(after)

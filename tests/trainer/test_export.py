@@ -238,12 +238,12 @@ def test_every_contradiction_of_a_spec_is_listed(tmp_path: Path, tiny_specs: Spe
         spec,
         diffusion=broken,
         graphs=[Graph(Role.ROLE_DENOISER, graph.module, inputs, outputs)],
-        methods=[*spec.methods, model_pb2.Model.METHOD_SCORE],
+        sample_levels=1,
     )
     with pytest.raises(BundleError) as refused:
         write_tiny(tmp_path, "diffusion", spec)
     assert str(refused.value).splitlines()[1:] == [
-        "- model.methods: METHOD_SCORE needs a graph: scorer",
+        "- model.sample_spec: level_count must be 0, for no levels, or at least 2, got 1",
         "- denoiser: input 'x': sample must be float32 of shape [1, 4, 4], got float32 of shape [1, 5, 5]",
         "- denoiser: output 'score': real probability has no place here",
         "- denoiser: outputs: must be exactly one, got 2",

@@ -55,6 +55,8 @@ _KINDS = {
 _CRITIC = no_likelihood(
     "It makes samples from latents, and no density of theirs can be worked out; Score is a critic's P(real)."
 )
+OF_LATENTS = "A bound on ln p(latent) could be summed over all timesteps; it is none on ln p(sample)."
+"""Why a model that walks over another one's latents has no likelihood."""
 UNSAID = "Of what, and why no more is known, whoever made the bundle has not said."
 """Where neither a family nor the graphs explain a likelihood."""
 
@@ -81,6 +83,8 @@ def complete(
     scored = _KINDS.get(meaning, Likelihood.KIND_UNSPECIFIED)
     if likelihood is None and meaning == Meaning.MEANING_REAL_PROBABILITY:
         likelihood = _CRITIC
+    elif likelihood is None and scored_by_denoiser(bundle):
+        likelihood = _variational(bundle.model)
     elif likelihood is None:
         likelihood = Likelihood(kind=scored or Likelihood.KIND_NONE, explanation=UNSAID)
     if scored and likelihood.kind != scored:
@@ -143,13 +147,14 @@ def _capability(bundle: bundle_pb2.Bundle, method: Model.Method.ValueType) -> st
     networks = {network.role: network for network in bundle.networks}
     given = {entry.source for network in bundle.networks for entry in network.inputs}
     by_class = " of a class" if Source.SOURCE_CLASS_LABEL in given else ""
+    by_label = ", or on ln p(sample given class)" if by_class else ""
     if Role.ROLE_DENOISER in networks:
         return {
             Model.METHOD_SAMPLE: f"a sample{by_class}, walked to from noise by any sampler of the model's",
             Model.METHOD_ENCODE: "the noise that DDIM would walk from (inversion), or a draw of q(x_t given x_0)",
             Model.METHOD_DECODE: f"the sample{by_class} that given noise is walked to",
             Model.METHOD_DENOISE: "one step from given noise, or a loop that the caller drives",
-            Model.METHOD_SCORE: _BOUND,
+            Model.METHOD_SCORE: f"{_BOUND}{by_label}, summed over all timesteps or estimated from some of them",
         }[method]
     if method == Model.METHOD_ENCODE:
         meanings = frozenset(output.meaning for output in networks[Role.ROLE_ENCODER].outputs)
@@ -180,6 +185,27 @@ def _score(bundle: bundle_pb2.Bundle, scorer: bundle_pb2.Network) -> str:
     return f"{what}; given the class, or over all classes"
 
 
+def scored_by_denoiser(bundle: bundle_pb2.Bundle) -> bool:
+    """Whether Score is a diffusion model's variational bound."""
+    roles = {network.role for network in bundle.networks}
+    return Model.METHOD_SCORE in bundle.model.methods and Role.ROLE_DENOISER in roles and Role.ROLE_SCORER not in roles
+
+
+def _variational(model: model_pb2.Model) -> Likelihood:
+    """The bound of the chain that the sampler DDPM walks, over all timesteps."""
+    levels = model.sample_spec.level_count
+    of_what = f"ln P(sample) on {levels} levels" if levels else "ln p(sample), a density"
+    given = ", given the class" if model.class_names else ""
+    return Likelihood(
+        kind=Likelihood.KIND_BOUND,
+        measure=Likelihood.MEASURE_MASS if levels else Likelihood.MEASURE_DENSITY,
+        explanation=f"The variational bound on {of_what}{given}, of the chain over all {len(model.diffusion.alphas)} "
+        "timesteps that DDPM samples.",
+    )
+
+
 def _meaning_of_score(bundle: bundle_pb2.Bundle) -> Meaning.Meaning.ValueType:
+    if scored_by_denoiser(bundle):
+        return Meaning.MEANING_EVIDENCE_LOWER_BOUND
     scorer = next((network for network in bundle.networks if network.role == Role.ROLE_SCORER), None)
     return scorer.outputs[0].meaning if scorer is not None and scorer.outputs else Meaning.MEANING_UNSPECIFIED

@@ -49,7 +49,7 @@ ROLES_OF_METHOD = {
     model_pb2.Model.METHOD_ENCODE: {Role.ROLE_ENCODER, Role.ROLE_DENOISER},
     model_pb2.Model.METHOD_DECODE: {Role.ROLE_DECODER, Role.ROLE_DENOISER},
     model_pb2.Model.METHOD_DENOISE: {Role.ROLE_DENOISER},
-    model_pb2.Model.METHOD_SCORE: {Role.ROLE_SCORER},
+    model_pb2.Model.METHOD_SCORE: {Role.ROLE_SCORER, Role.ROLE_DENOISER},
 }
 """Graphs that can answer each method; any one of them is enough."""
 
@@ -94,6 +94,10 @@ def _model_violations(model: model_pb2.Model) -> list[str]:
         found.append(f"model.sample_spec: must be float32 of shape [C, H, W], got {_describe(sample)}")
     if not sample.min_value < sample.max_value:
         found.append(f"model.sample_spec: min_value {sample.min_value} must lie below max_value {sample.max_value}")
+    if sample.level_count < 0 or sample.level_count == 1:
+        found.append(
+            f"model.sample_spec: level_count must be 0, for no levels, or at least 2, got {sample.level_count}"
+        )
     latent = model.latent_spec
     if not model.HasField("diffusion") and (latent.min_value, latent.max_value) not in ((0, 0), (0, 1)):
         found.append(

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from latentd_trainer import bundle as bundles
 from latentd_trainer import card as cards
-from latentd_trainer import classifier, codes, metrics, report, start
+from latentd_trainer import classifier, codes, metrics, report, start, variational
 from latentd_trainer.bars import BARS, DATASET
 from latentd_trainer.classifier import Reading, Yardstick
 from latentd_trainer.data import Dataset, Split, load, scale
@@ -272,6 +272,8 @@ def likelihood(graphs: Graphs, dataset: Dataset, seed: int) -> dict[str, float]:
         found[f"iwae-{BOUND_DRAWS}"] = float(metrics.importance_weighted_bound(weights).mean())
         dimensions = int(np.prod(dataset.info.shape))
         found["bits-per-dimension"] = metrics.bits_per_dimension(found[f"iwae-{BOUND_DRAWS}"], dimensions)
+    if cards.scored_by_denoiser(graphs.bundle):
+        found |= variational.measure(graphs, given, generator)
     if graphs.gives(Role.ROLE_ENCODER, Meaning.MEANING_LATENT_LOG_VARIANCE):
         posterior = graphs.run(Role.ROLE_ENCODER, given, generator)
         divergence = metrics.normal_divergence(

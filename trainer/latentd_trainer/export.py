@@ -253,7 +253,7 @@ def declare(spec: ServingSpec, origin: Origin, reference: str) -> bundle_pb2.Bun
         name=reference,
         family=spec.family,
         methods=spec.methods,
-        sample_spec=_tensor_spec(spec.sample_shape, low=low, high=high),
+        sample_spec=_tensor_spec(spec.sample_shape, low=low, high=high, levels=spec.sample_levels),
         latent_spec=_tensor_spec(spec.latent_shape, low=latent_low, high=latent_high) if spec.latent_shape else None,
         class_names=names_of_classes,
         class_probabilities=probabilities,
@@ -311,8 +311,9 @@ def _tensor_spec(
     data_type: tensor_pb2.DataType.ValueType = tensor_pb2.DATA_TYPE_FLOAT32,
     low: float = 0.0,
     high: float = 0.0,
+    levels: int = 0,
 ) -> model_pb2.TensorSpec:
-    return model_pb2.TensorSpec(data_type=data_type, shape=shape, min_value=low, max_value=high)
+    return model_pb2.TensorSpec(data_type=data_type, shape=shape, min_value=low, max_value=high, level_count=levels)
 
 
 def _export_graph(

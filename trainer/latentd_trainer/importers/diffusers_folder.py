@@ -19,6 +19,7 @@ from latentd.v1 import model_pb2, tensor_pb2
 
 from latentd_trainer import bundle as bundles
 from latentd_trainer import export, licenses
+from latentd_trainer.card import OF_LATENTS
 from latentd_trainer.importers import ImportingError, diffusers_schedulers
 from latentd_trainer.importers.diffusers_networks import Denoiser, LatentDecoder, LatentEncoder
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source, no_likelihood
@@ -226,16 +227,15 @@ def _denoiser_spec(denoiser: Denoiser, walk: diffusers_schedulers.Walk, shape: t
             model_pb2.Model.METHOD_ENCODE,
             model_pb2.Model.METHOD_DECODE,
             model_pb2.Model.METHOD_DENOISE,
+            model_pb2.Model.METHOD_SCORE,
         ),
         sample_shape=shape,
         latent_shape=shape,
         description="Denoising diffusion model, imported from a diffusers pipeline.",
         reference_uri="https://arxiv.org/abs/2006.11239",
         diffusion=walk.spec,
-        likelihood=no_likelihood(
-            "A variational bound could be summed over all timesteps; the import does not say of what."
-        ),
         sample_range=(-bound, bound),
+        sample_levels=256 if bound == 1 else 0,  # diffusers' images are bytes, mapped to -1 .. 1
     )
 
 
@@ -243,13 +243,15 @@ def _over_latents(spec: ServingSpec, autoencoder: ServingSpec, served: model_pb2
     """What walks over latents of an autoencoder, whose graphs hold scale and shift; only clipping gives latents bounds."""
     return replace(
         spec,
+        methods=tuple(method for method in spec.methods if method != model_pb2.Model.METHOD_SCORE),
+        sample_levels=0,
         sample_shape=autoencoder.sample_shape,
         sample_range=autoencoder.sample_range,
         latent_range=spec.sample_range if spec.diffusion is not None and spec.diffusion.clip_denoised else None,
         latent_space=model_pb2.LatentSpace(decoder=served.name, decoder_digest=served.digest),
         description="Latent diffusion model, imported from a diffusers pipeline.",
         reference_uri="https://arxiv.org/abs/2112.10752",
-        likelihood=no_likelihood("A bound on ln p(latent) could be summed; it is none on ln p(sample)."),
+        likelihood=no_likelihood(OF_LATENTS),
     )
 
 

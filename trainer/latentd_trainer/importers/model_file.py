@@ -40,6 +40,7 @@ _METHODS_OF_ROLE = {
         _Method.METHOD_ENCODE,
         _Method.METHOD_DECODE,
         _Method.METHOD_DENOISE,
+        _Method.METHOD_SCORE,
     ),
 }
 
@@ -90,6 +91,7 @@ class SampleSpec(Part):
     """One sample."""
 
     range: tuple[float, float] = (-1.0, 1.0)
+    levels: Annotated[int, Field(ge=2)] | None = None  # evenly spaced values that data have, as 256; else continuous
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None  # [C, H, W]; what the graphs say if not given
 
     @model_validator(mode="after")
