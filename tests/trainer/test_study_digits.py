@@ -72,7 +72,17 @@ def test_real_images_are_sharp_and_their_blur_is_not(trained: Path, monkeypatch:
 def test_samples_that_are_not_finite_are_an_error(trained: Path) -> None:
     """They are named, and no figure is made of them."""
     with pytest.raises(train.TrainingError, match="GAN: samples are not finite"):
-        Digits(quick(trained)).measure(Sampled("GAN", np.full((60, 1, 8, 8), np.nan, np.float32)))
+        Digits(quick(trained)).measure(Sampled("GAN", np.full((60, 1, 8, 8), np.nan, np.float32), np.zeros(60, int)))
+
+
+def test_pictures_have_a_row_a_class(trained: Path) -> None:
+    """Of uneven shares too: the first eight of each class, real ones first."""
+    asked = np.repeat(np.arange(10), [8, 30, *[9] * 8])
+    images = np.broadcast_to(asked[:, None, None, None], (len(asked), 1, 8, 8)).astype(np.float32)
+    rows = Digits(quick(trained)).picture_rows([Sampled("some", images, asked)])
+    assert list(rows) == ["real", "some"]
+    assert rows["real"].shape == (80, 1, 8, 8)
+    np.testing.assert_array_equal(rows["some"][:, 0, 0, 0], np.arange(10).repeat(8))
 
 
 def test_a_vae_gan_goes_on_from_the_study_s_vae(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +153,9 @@ class Labels:
         self.asked.append(int(labels[0]))
         estimate = np.broadcast_to(labels[:, None, None, None], (len(labels), 1, 2, 2))
         return {Meaning.MEANING_PREDICTION: estimate.astype(np.float32)}
+
+    def decoded(self, states: np.ndarray, *_: object) -> np.ndarray:
+        return states
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,11 @@ def study(settings: Settings) -> Section:
     drawn: dict[str, Sampled] = {}
     for family, title in _NAMES.items():
         graphs = digits.graphs(family)
+        asked = digits.labels(graphs)
         settings.tell(f"{family}, samples")
-        for each in draw_variants(graphs, digits.labels(graphs), settings.seed):
+        for each in draw_variants(graphs, asked, settings.seed):
             way = f", {each.description}" if each.variant else ""
-            drawn[f"{family.replace('_', '-')}{each.variant}"] = Sampled(f"{title}{way}", each.images)
+            drawn[f"{family.replace('_', '-')}{each.variant}"] = Sampled(f"{title}{way}", each.images, asked)
     measured = {"real": digits.measure_real()} | {name: digits.measure(each) for name, each in drawn.items()}
     for found in measured.values():
         found["relative-recall"] = found["recall"] / measured["real"]["recall"]
@@ -68,20 +69,16 @@ def study(settings: Settings) -> Section:
                         for name, found in measured.items()
                     ],
                 ),
-                "What blurs is the mean, for it averages over all that z does not say; precise and few is what "
-                "means are. "
-                "What covers is the distribution, which a draw shows along with the noise of its pixels. So the "
-                "claim must "
-                "say which of the two it means. Classes are given here, ten of them, so that no model can miss one; "
-                "the "
-                "ring of eight normals shows what happens without.",
+                "A mean averages over all that z does not say, which is why it blurs; a draw shows the distribution, "
+                "with the noise of its pixels. So a claim must say which of the two it means. Classes are given here, "
+                "ten of them, so that no model can miss one; the ring of eight normals shows what happens without.",
             ]
         ),
         pictures=(
             Picture(
                 "blur-and-cover-samples.png",
                 "Held-out images and samples, a row a class; first ones first.",
-                digit_pictures.samples(digits.picture_rows(drawn)),
+                digit_pictures.samples(digits.picture_rows(drawn.values())),
             ),
             Picture(
                 "blur-and-cover.png",

@@ -32,7 +32,7 @@ def study(settings: Settings) -> Section:
     for name, description, step_count, scale in walks:
         settings.tell(description)
         generator = np.random.default_rng([settings.seed, 0])  # the same noise for all, so that only the walk differs
-        drawn[name] = Sampled(description, walk(graphs, asked, step_count, generator, guidance_scale=scale))
+        drawn[name] = Sampled(description, walk(graphs, asked, step_count, generator, guidance_scale=scale), asked)
     measured = {"real": digits.measure_real()} | {name: digits.measure(each) for name, each in drawn.items()}
     measured[f"{_SWEPT}-1"] = measured[f"{_SWEPT_STEPS}-steps"]
     for found in measured.values():
@@ -80,7 +80,7 @@ def study(settings: Settings) -> Section:
             Picture(
                 "diffusion-samples.png",
                 "Held-out images and samples, a row a class; first ones first. A scale of 0 asks for no class.",
-                digit_pictures.samples(digits.picture_rows(drawn)),
+                digit_pictures.samples(digits.picture_rows(drawn.values())),
             ),
             Picture(
                 "guidance.png",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ class Sampled:
 
     description: str
     images: Floats  # [n, 1, 8, 8], in order of class
+    asked: NDArray[np.int64]  # [n], their classes
 
 
 class Digits:
@@ -70,7 +71,11 @@ class Digits:
         return evaluate.allotted_labels(graphs.bundle.model, self.dataset, count)
 
     def measure(self, sampled: Sampled) -> dict[str, float]:
-        """`MEASURES` of samples by name, and whether a classifier takes them for what was asked."""
+        """`MEASURES` of samples, by name.
+
+        Raises:
+            TrainingError: samples are not finite.
+        """
         images = sampled.images
         if not np.isfinite(images).all():
             raise train.TrainingError(f"{sampled.description}: samples are not finite")
@@ -85,13 +90,10 @@ class Digits:
         found["sharpness"] = metrics.laplacian_power(train_images) / metrics.laplacian_power(self.held_out)
         return {name: found[name] for name in MEASURES}
 
-    def picture_rows(self, each: Mapping[str, Sampled]) -> dict[str, Floats]:
+    def picture_rows(self, each: Iterable[Sampled]) -> dict[str, Floats]:
         """Real images and samples of every class, `_SHOWN_EACH` a class, by description."""
         shown = {"real": self._first(self.held_out, self.dataset.test.labels)}
-        for sampled in each.values():
-            images = sampled.images
-            positions = np.arange(len(images)) * len(self.dataset.info.class_names) // len(images)
-            shown[sampled.description] = self._first(images, positions)
+        shown |= {sampled.description: self._first(sampled.images, sampled.asked) for sampled in each}
         return shown
 
     def _first(self, images: Floats, labels: NDArray[np.int64]) -> Floats:
