@@ -21,6 +21,7 @@ from latentd_trainer.families.helmholtz import HelmholtzMachine
 from latentd_trainer.families.naive_bayes import NaiveBayes
 from latentd_trainer.families.predictability_minimization import PredictabilityMinimization
 from latentd_trainer.families.sigmoid_belief_net import SigmoidBeliefNet
+from latentd_trainer.families.vae_gan import VaeGan
 from latentd_trainer.ladder import train
 from latentd_trainer.served import Graphs
 from live import Live
@@ -29,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "naive-bayes": {},
     "sigmoid-belief-net": {"steps": 60, "lower": 5, "upper": 3, "sweeps": 1, "served_sweeps": 16},
     "helmholtz": {"steps": 60, "lower": 6, "upper": 4, "draws": 3},
+    "vae-gan": {"steps": 40, "width": 8, "hidden": 16, "latent": 3, "discriminator_steps": 5, "batch_size": 16},
     "predictability-minimization": {"steps": 200, "units": 6, "hidden": 32, "predictor_hidden": 4},
 }
 Array = np.ndarray[Any, Any]
@@ -137,6 +139,29 @@ def test_the_recognition_net_is_what_encode_answers(served: Served) -> None:
     np.testing.assert_allclose(decoded.reshape(12, -1), means, atol=1e-6)
 
 
+def test_a_vae_gan_is_served_as_a_vae(served: Served) -> None:
+    """Encode is the encoder's mean and log variance, Score the bound on ln p(x | y), Sample means or drawn levels."""
+    family = served.families["vae-gan"]
+    assert isinstance(family, VaeGan)
+    labels = served.digits.test.labels[:12]
+    images = torch.from_numpy(served.images)
+    encoded = served.client.encode("vae-gan", served.images)
+    with torch.no_grad():
+        mean, log_variance = family.encoder(images)
+    np.testing.assert_allclose(encoded.mean, mean, atol=1e-5)
+    np.testing.assert_allclose(encoded.log_variance, log_variance, atol=1e-5)
+    score = served.client.score("vae-gan", served.images, label=labels, draws=300, seed=1)
+    bound = family.importance_weighted_bound(images, torch.from_numpy(labels), draws=300, seed=2)
+    assert score.kind == "evidence-lower-bound"
+    assert np.mean(score.values) == pytest.approx(bound.mean().item(), abs=1.0)
+    means, draws = (served.client.sample("vae-gan", 6, seed=3, output=output).array for output in ("mean", "draw"))
+    assert not np.array_equal(means, draws)
+    np.testing.assert_allclose((draws + 1) * 8, ((draws + 1) * 8).round(), atol=1e-5)
+    card = served.client.model("vae-gan")
+    assert (card.family, card.likelihood) == ("vae-gan", "bound")
+    assert card.capabilities["denoise"] == "samples are not walked to step by step"
+
+
 def test_belief_nets_draw_binary_images(served: Served) -> None:
     """A draw has pixels of -1 and 1 alone, on as often as the mean says."""
     for name in ("sigmoid-belief-net", "helmholtz"):
@@ -176,6 +201,11 @@ def test_models_without_classes_say_so(served: Served) -> None:
         ("naive-bayes", {"log-likelihood", "accuracy"}),
         ("sigmoid-belief-net", {"elbo", "iwae-4", "bits-per-dimension"}),
         ("helmholtz", {"elbo", "iwae-4", "bits-per-dimension"}),
+        (
+            "vae-gan",
+            {"elbo", "iwae-4", "bits-per-dimension", "smallest-latent-kl"}
+            | {f"latent-kl-{index}" for index in range(3)},
+        ),
         ("predictability-minimization", {"reconstruction-error", "code-mutual-information", "near-binary-share"}),
     ],
 )
