@@ -55,23 +55,29 @@ def test_layout_of_the_counter():
     assert np.array_equal(drawn, expected[None].astype(np.float32))
 
 
+FIRST_PURPOSES = [Purpose(value) for value in range(7)]
+"""Those that the two digests below were taken of; purposes that were added since have digests of their own."""
+
+
 def test_golden_bytes():
     """The bytes of a fixed draw never change: they are part of what a seed means."""
     seeds = indices(0, 1, -1, 2**63 - 1, -(2**63))
     samples, steps = indices(0, 1, 2, 3, 2**31 - 1), indices(0, 999, 5, 2**31 - 1, 1)
     digest = hashlib.sha256()
-    for purpose in Purpose:
+    for purpose in FIRST_PURPOSES:
         digest.update(normals(seeds, samples, steps, purpose, 5003).astype("<f4").tobytes())
         digest.update(uniforms(seeds, samples, steps, purpose, 5003).astype("<f4").tobytes())
     digest.update(labels(5, np.arange(1000), np.array([0.2, 0.2, 1.0])).astype("<i8").tobytes())
     assert digest.hexdigest() == "e028f62c036b29b6376dbdcb200a669c5ff43471e3969f5cda59d471f8e23180"
+    known = hashlib.sha256(normals(seeds, samples, steps, Purpose.KNOWN, 5003).astype("<f4").tobytes())
+    assert known.hexdigest() == "b6e9c127a8befcb5991aa49bdcab1f1df9dbb3a5c97ce7e333b114557a48e78b"
 
 
 def test_golden_bytes_of_streams():
     """Stream 0 is the purpose itself; the bytes of the others never change either."""
     seeds, samples, steps = indices(0, -1, 5), indices(0, 2, 2**31 - 1), indices(0, 5, 1)
     digest = hashlib.sha256()
-    for purpose in Purpose:
+    for purpose in FIRST_PURPOSES:
         alone = uniforms(seeds, samples, steps, purpose, 1001)
         assert uniforms(seeds, samples, steps, np.full(3, word(purpose)), 1001).tobytes() == alone.tobytes()
         for stream in (1, 2, 2**20):

@@ -117,12 +117,13 @@ def test_the_details_say_what_programs_need() -> None:
     resource = details(errors.refusal(ROWS[1][0]))["ResourceInfo"]
     assert isinstance(resource, error_details_pb2.ResourceInfo)
     assert resource.resource_name == "x@1"
-    for row, key, value in (
-        (2, "supported_methods", "Sample"),
-        (8, "timeout_seconds", "30"),
-        (9, "estimate_seconds", "2.500"),
+    by_reason = {row[2]: row[0] for row in ROWS}
+    for reason, key, value in (
+        ("METHOD_UNSUPPORTED", "supported_methods", "Sample"),
+        ("READER_TOO_SLOW", "timeout_seconds", "30"),
+        ("DEADLINE_UNREACHABLE", "estimate_seconds", "2.500"),
     ):
-        info = details(errors.refusal(ROWS[row][0]))["ErrorInfo"]
+        info = details(errors.refusal(by_reason[reason]))["ErrorInfo"]
         assert isinstance(info, error_details_pb2.ErrorInfo)
         assert info.metadata[key] == value
 
