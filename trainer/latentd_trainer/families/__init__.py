@@ -86,7 +86,7 @@ class Family(ABC):
     """Settings that it takes from that run."""
 
     takes_latents: ClassVar[bool] = False
-    """Whether it may be trained on latents in place of images; `Batch.images` and what `sample` draws are these then."""
+    """Whether it may be trained on latents in place of images; `Batch.images` and `sample` are these then."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings that belong together, by name: recipes for other data than the defaults are for."""

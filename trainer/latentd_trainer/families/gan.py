@@ -30,6 +30,7 @@ from latentd_trainer.data import DataInfo
 from latentd_trainer.families import Batch, Family, Moment, below, outside, setting
 from latentd_trainer.families.augmentation import mirrored
 from latentd_trainer.families.inversion import Inverse, inversion_step
+from latentd_trainer.families.noise import normal
 from latentd_trainer.families.sizes import PyramidSettings
 from latentd_trainer.nets import ImageToVector, VectorToImage
 from latentd_trainer.optimization import Average, Updater
@@ -223,6 +224,14 @@ def realness_graph(discriminator: nn.Module, shape: tuple[int, int, int]) -> Gra
     )
 
 
+def realness_answers(loss: str) -> dict[model_pb2.Model.Method.ValueType, str]:
+    """What `realness_graph` does not tell of Score, for a discriminator that was trained by this loss."""
+    if loss != "hinge":
+        return {}
+    margin = "the critic's margin squashed to 0 to 1: an order by realness, no probability; given the class"
+    return {model_pb2.Model.METHOD_SCORE: margin}
+
+
 class Game:
     """The game as one side of it sees it: the discriminator learns, and generators are told what they pay."""
 
@@ -315,10 +324,10 @@ class Gan(Family):
         labels = batch.labels
         real = mirrored(batch.images, moment, self.config.mirrored)
         with moment.autocast(), torch.no_grad():
-            fake = self.generator(self._noise(batch, moment), labels)
+            fake = self.generator(normal(batch, moment, self.config.latent), labels)
         losses = self.game.discriminator_step(real, fake, labels, moment)
         with moment.autocast():
-            fake = self.generator(self._noise(batch, moment), labels)
+            fake = self.generator(normal(batch, moment, self.config.latent), labels)
         generator = self.game.generator_loss(fake, labels, moment)
         self.updaters["generator"].apply(generator, moment.shard)
         self.averages["generator"].update(moment.step)
@@ -328,7 +337,7 @@ class Gan(Family):
                 self.updaters["encoder"],
                 self.modules["encoder"],
                 self.averages["generator"].module,
-                self._noise(batch, moment),
+                normal(batch, moment, self.config.latent),
                 Batch(real, labels),
                 moment,
                 self.config.inversion,
@@ -392,13 +401,4 @@ class Gan(Family):
             answers[model_pb2.Model.METHOD_ENCODE] = (
                 "a latent for the sample and its class, by a learned inverter of the generator; no posterior"
             )
-        if self.config.loss == "hinge":
-            answers[model_pb2.Model.METHOD_SCORE] = (
-                "the critic's margin squashed to 0 to 1: an order by realness, no probability; given the class"
-            )
-        return answers
-
-    def _noise(self, batch: Batch, moment: Moment) -> Tensor:
-        count = len(batch.images) * moment.shard.count
-        noise = torch.randn((count, self.config.latent), generator=moment.generator)
-        return moment.shard.rows(noise).to(batch.images.device)
+        return answers | realness_answers(self.config.loss)

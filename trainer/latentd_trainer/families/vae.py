@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from latentd_trainer.data import DataInfo
 from latentd_trainer.families import Batch, Family, Moment, below, outside, setting
+from latentd_trainer.families.noise import normal
 from latentd_trainer.families.sizes import PyramidSettings
 from latentd_trainer.nets import ImageToVector, VectorToImage, row_log
 from latentd_trainer.optimization import Average, Updater, warm_up_then_cosine
@@ -364,9 +365,7 @@ class Vae(VariationalFamily):
 
     def step(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """One step of AdamW on the bound. Losses in nats: `loss`, and without free bits `reconstruction` and `kl`."""
-        count = len(batch.images) * moment.shard.count
-        noise = torch.randn((count, self.config.latent), generator=moment.generator)
-        eps = moment.shard.rows(noise).to(batch.images.device)
+        eps = normal(batch, moment, self.config.latent)
         with moment.autocast():
             mean, log_variance = (part.float() for part in self.networks["encoder"](batch.images))
             latent = reparameterise(mean, log_variance, eps)

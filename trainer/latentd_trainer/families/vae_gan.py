@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from latentd_trainer.data import DataInfo
 from latentd_trainer.families import Batch, Family, Moment, below, outside, setting
-from latentd_trainer.families.gan import Discriminator, Game, GameSettings, game_optimizer, realness_graph
+from latentd_trainer.families.gan import (
+    Discriminator,
+    Game,
+    GameSettings,
+    game_optimizer,
+    realness_answers,
+    realness_graph,
+)
+from latentd_trainer.families.noise import normal
 from latentd_trainer.families.sizes import PyramidSettings
 from latentd_trainer.families.vae import (
     Decoder,
@@ -134,14 +142,16 @@ class VaeGan(VariationalFamily):
     def serving_spec(self) -> ServingSpec:
         """A VAE's graphs, so that Score is the bound; or with `score=realness` the discriminator for the scorer."""
         spec = super().serving_spec()
-        graphs = list(spec.graphs)
+        graphs, answers = list(spec.graphs), dict(spec.answers)
         if self.config.score == "realness":
             graphs = [each for each in graphs if each.role != Role.ROLE_SCORER]
             graphs.append(realness_graph(self.game.discriminator, self.info.shape))
+            answers |= realness_answers(self.config.loss)
         return dataclasses.replace(
             spec,
             family=model_pb2.Model.FAMILY_VAE_GAN,
             graphs=graphs,
+            answers=answers,
             description=(
                 f"VAE-GAN: the decoder of a class-conditional variational autoencoder of {self.config.latent} latent "
                 "dimensions, tuned against a projection discriminator with the likelihood of pixels kept in the loss; "
@@ -153,7 +163,7 @@ class VaeGan(VariationalFamily):
     def _prior_means(self, batch: Batch, moment: Moment) -> Tensor:
         """E p(x | z, y) for z from the prior and the batch's labels, [n, C, H, W] f32."""
         with moment.autocast():
-            location, log_scale = self.trained_decoder(self._noise(batch, moment), batch.labels)
+            location, log_scale = self.trained_decoder(normal(batch, moment, self.config.latent), batch.labels)
         return discretized_logistic_mean(location.float(), log_scale.float(), self.info.levels)
 
     def _reconstruction(self, batch: Batch, moment: Moment) -> Tensor:
@@ -161,11 +171,6 @@ class VaeGan(VariationalFamily):
         with moment.autocast():
             with torch.no_grad():
                 mean, log_variance = (part.float() for part in self.encoder(batch.images))
-            latent = reparameterise(mean, log_variance, self._noise(batch, moment))
+            latent = reparameterise(mean, log_variance, normal(batch, moment, self.config.latent))
             location, log_scale = (part.float() for part in self.trained_decoder(latent, batch.labels))
         return -discretized_logistic_log_likelihood(batch.images, location, log_scale, self.info.levels).mean()
-
-    def _noise(self, batch: Batch, moment: Moment) -> Tensor:
-        count = len(batch.images) * moment.shard.count
-        noise = torch.randn((count, self.config.latent), generator=moment.generator)
-        return moment.shard.rows(noise).to(batch.images.device)
