@@ -85,3 +85,15 @@ BARS: "dict[model_pb2.Model.Family.ValueType, list[Bar]]" = {
     ],
 }
 """The limits by family."""
+
+LATENT_DIFFUSION = [
+    bar
+    for variant in ("-50-steps", "-10-steps")
+    for bar in (*_samples(variant, 2.0, 0.95, 0.6, 0.97), Bar(f"coverage{variant}", 0.95))
+]
+"""Of diffusion over a VAE's latents: nearer to real images than that VAE, whose decoder leaves little recall."""
+
+
+def bars_of(model: model_pb2.Model) -> list[Bar]:
+    """The bars of a model of the embedded digits; empty if there are none."""
+    return LATENT_DIFFUSION if model.HasField("latent_space") else BARS.get(model.family, [])

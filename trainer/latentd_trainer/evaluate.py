@@ -17,7 +17,7 @@ from rich.console import Console
 from latentd_trainer import bundle as bundles
 from latentd_trainer import card as cards
 from latentd_trainer import classifier, codes, metrics, report, start, variational
-from latentd_trainer.bars import BARS, DATASET
+from latentd_trainer.bars import BARS, DATASET, bars_of
 from latentd_trainer.classifier import Reading, Yardstick
 from latentd_trainer.data import Dataset, Split, load, scale
 from latentd_trainer.served import EvaluationError, Floats, Given, Graphs, Samples, draw_variants
@@ -120,7 +120,7 @@ def run(
             its_figures, _ = _measured(other, dataset, yardstick, real, its_labels, seed, status.update)
             cards.record_comparison(model.card, relation, other.bundle.model, its_figures)
 
-    limits = BARS.get(model.family, []) if dataset.info.name == DATASET else []
+    limits = bars_of(model) if dataset.info.name == DATASET else []
     try:
         if card or out is None:
             bundles.replace_card(directory, model.card)

@@ -110,7 +110,7 @@ def write_bundle(
     """
     embedded = record.data == EMBEDDED
     training = dataclasses.asdict(record)
-    del training["data"]  # where the data lay; their digest stays
+    del training["data"], training["latents_of"]  # where the data and the encoder lay; their digests stay
     origin = Origin(
         dataset=record.info.name,
         class_names=record.info.class_names,

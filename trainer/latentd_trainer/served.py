@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from latentd.v1 import bundle_pb2
+from latentd.v1 import bundle_pb2, model_pb2
 from numpy.typing import NDArray
 
+from latentd_trainer import bundle as bundles
 from latentd_trainer import chains, parity
-from latentd_trainer.contract import role_name
+from latentd_trainer.bundle import BundleError
+from latentd_trainer.contract import role_name, state_spec
 from latentd_trainer.onnx_graph import GraphError
 from latentd_trainer.spec import Meaning, Role, Source
 
@@ -47,6 +49,17 @@ class Graphs:
                 self._sessions[role] = parity.open_session((directory / network.file).read_bytes(), threads)
             except (OSError, GraphError) as error:
                 raise EvaluationError(f"{network.file}: {error}; `latentd-train verify` says more") from error
+        self._decoder = _decoder(directory, bundle.model, threads)
+
+    def decoded(self, states: Floats, labels: NDArray[np.int64], generator: np.random.Generator) -> Floats:
+        """Samples [n, C, H, W] of what a walk ends in, [n, *state]: that itself, or what a decoder makes of it."""
+        if self._decoder is None:
+            return states
+        space, axes = self.bundle.model.latent_space, (-1, *[1] * (states.ndim - 2))
+        scales, shifts = np.array(space.scales or [1], np.float32), np.array(space.shifts or [0], np.float32)
+        latents = scales.reshape(axes) * states + shifts.reshape(axes)
+        given: Given = {Source.SOURCE_LATENT: latents, Source.SOURCE_CLASS_LABEL: labels}
+        return self._decoder.run(Role.ROLE_DECODER, given, generator)[Meaning.MEANING_SAMPLE]
 
     def run(self, role: int, given: Given, generator: np.random.Generator) -> dict[int, Floats]:
         """Outputs by meaning; inputs by source, noise being drawn here. All arrays [n, ...].
@@ -78,6 +91,28 @@ class Graphs:
 
 UNLABELLED = -1
 """The label that asks a denoiser for no class."""
+
+
+def _decoder(directory: Path, model: model_pb2.Model, threads: int) -> "Graphs | None":
+    """The networks of the model that decodes this one's samples, from the same directory of models; None if none does.
+
+    Raises:
+        EvaluationError: it is not there, or is another one.
+    """
+    if not model.HasField("latent_space"):
+        return None
+    space = model.latent_space
+    name, _, version = space.decoder.partition("@")
+    path = directory.resolve().parents[1] / name / version
+    try:
+        bundle = bundles.read(path)
+    except BundleError as error:
+        raise EvaluationError(f"samples of {model.name} are decoded by {space.decoder}: {error}") from error
+    if space.decoder_digest not in ("", bundle.model.digest):
+        raise EvaluationError(f"{model.name} was trained with another {space.decoder}, by their digests")
+    return Graphs(path, bundle, threads)
+
+
 _WALKS = {"ddim": (0.0, 1), "ddpm": (1.0, 1), "dpmpp-2m": (0.0, 2)}
 """eta and order of the samplers that evaluation walks with, by their wire names."""
 
@@ -146,7 +181,8 @@ def walk(
     if sampler not in _WALKS:
         raise EvaluationError(f"default sampler {sampler!r}: evaluation knows {', '.join(_WALKS)}")
     eta, order = _WALKS[sampler]
-    noise = generator.standard_normal((len(asked), *model.sample_spec.shape), np.float32)
+    state = state_spec(model)
+    noise = generator.standard_normal((len(asked), *state.shape), np.float32)
 
     def predict(x: Floats, t: NDArray[np.int64], labels: NDArray[np.int64]) -> Floats:
         given: Given = {Source.SOURCE_SAMPLE: x, Source.SOURCE_TIMESTEP: t, Source.SOURCE_CLASS_LABEL: labels}
@@ -156,18 +192,19 @@ def walk(
         if guidance_scale == 1:
             return predict(x, t, asked)
         plain = predict(x, t, np.full_like(asked, UNLABELLED))
-        guided: Floats = plain if guidance_scale == 0 else plain + np.float32(guidance_scale) * (
-            predict(x, t, asked) - plain
+        guided: Floats = (
+            plain if guidance_scale == 0 else plain + np.float32(guidance_scale) * (predict(x, t, asked) - plain)
         )
         return guided
 
-    return chains.walk(
+    states = chains.walk(
         denoise,
         model.diffusion,
         noise,
         min(step_count, len(model.diffusion.alphas)),
         eta=eta,
         order=order,
-        clip=(model.sample_spec.min_value, model.sample_spec.max_value),
+        clip=(state.min_value, state.max_value),
         generator=generator,
     )
+    return graphs.decoded(states, asked, generator)

@@ -25,14 +25,16 @@ from latentd.v1 import model_pb2, tensor_pb2
 from numpy.typing import NDArray
 from torch import Tensor
 
+from latentd_trainer.card import OF_LATENTS
 from latentd_trainer.contract import schedule_violations
-from latentd_trainer.data import DataInfo
+from latentd_trainer.data import DataInfo, LatentsInfo
 from latentd_trainer.families import Batch, Family, Moment, below, outside, setting
 from latentd_trainer.families.augmentation import mirrored
 from latentd_trainer.families.sizes import PyramidSettings
 from latentd_trainer.optimization import Average, Updater, warm_up_then_cosine
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Meaning, Role, ServingSpec, Source, no_likelihood
 from latentd_trainer.unet import UNet
+from latentd_trainer.vector_net import VectorNet
 
 PREDICTIONS = {
     "eps": model_pb2.DiffusionSpec.PREDICTION_EPSILON,
@@ -94,6 +96,8 @@ class DiffusionConfig(PyramidSettings):
     prediction: str = setting("v", "what the network predicts: eps, v or x0")
     label_dropout: float = setting(0.15, "share of rows trained without their label; 0 makes guidance impossible")
     average_decay: float = setting(0.998, "decay of the moving average of the weights, which is what is served")
+    vector_width: int = setting(256, "width of the network for latents without height and width, a multiple of 16")
+    vector_blocks: int = setting(4, "residual blocks of that network")
     mirrored: float = setting(0.0, "share of images trained on left for right; 0 where that matters, as for digits")
 
     def __post_init__(self) -> None:
@@ -107,7 +111,10 @@ class DiffusionConfig(PyramidSettings):
             clip_norm=0,
             timestep_count=2,
             blocks=1,
+            vector_blocks=1,
         )
+        if self.vector_width < 16 or self.vector_width % 16:
+            problems.append(f"vector_width={self.vector_width}: must be a multiple of 16")
         if self.schedule not in SCHEDULES:
             problems.append(f"schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
         if self.prediction not in PREDICTIONS:
@@ -142,15 +149,20 @@ def cumulative_alphas(schedule: str, timestep_count: int) -> NDArray[np.float64]
 
 
 class Diffusion(Family):
-    """A U-Net that predicts the noise in an image, its average, and AdamW."""
+    """A network that predicts the noise in an image or in its latents, its average, and AdamW: a U-Net, or blocks for
+    vectors.
+    """
 
     config_type = DiffusionConfig
     presets = PRESETS
+    takes_latents = True
     config: DiffusionConfig
 
     def __init__(self, config: DiffusionConfig, info: DataInfo) -> None:
         super().__init__(config, info)
-        network = UNet(config.pyramid(info.shape), config.timestep_count, len(info.class_names))
+        if info.latents is not None and config.mirrored:
+            raise ValueError(f"mirrored={config.mirrored}: must be 0, for latents cannot be mirrored")
+        network = _network(config, info)
         optimizer = torch.optim.AdamW(
             network.parameters(), config.learning_rate, (0.9, 0.99), weight_decay=config.weight_decay, fused=True
         )
@@ -174,7 +186,7 @@ class Diffusion(Family):
         offset = torch.rand((), generator=generator, dtype=torch.float64)
         strata = (offset + torch.arange(count, dtype=torch.float64) / count) % 1
         timesteps = (strata[torch.randperm(count, generator=generator)] * self.config.timestep_count).long()
-        noise = torch.randn((count, *self.info.shape), generator=generator)
+        noise = torch.randn((count, *self.info.trained_shape), generator=generator)
         dropped = torch.rand(count, generator=generator) < self.config.label_dropout
         images = mirrored(batch.images, moment, self.config.mirrored)
         timestep, eps = rows(timesteps).to(device), rows(noise).to(device)
@@ -202,7 +214,7 @@ class Diffusion(Family):
         spacing = self.config.timestep_count / step_count
         timesteps = np.round(np.arange(self.config.timestep_count, 0, -spacing)).astype(np.int64)[:step_count] - 1
         alphas, sigmas = np.append(self.alphas[timesteps], 1.0), np.append(self.sigmas[timesteps], 0.0)
-        x: Tensor = sigmas[0] * torch.randn((len(labels), *self.info.shape), generator=generator)
+        x: Tensor = sigmas[0] * torch.randn((len(labels), *self.info.trained_shape), generator=generator)
         with torch.no_grad():
             for index, t in enumerate(timesteps.tolist()):
                 rows = torch.full((len(labels),), t, device=device)
@@ -219,7 +231,7 @@ class Diffusion(Family):
 
     def serving_spec(self) -> ServingSpec:
         """A denoiser; every sampler walks with it, and an image's latent is its noise at the last timestep."""
-        shape = self.info.shape
+        shape, latents = self.info.trained_shape, self.info.latents
         denoiser = Graph(
             role=Role.ROLE_DENOISER,
             module=self.averages["denoiser"].module,
@@ -245,16 +257,21 @@ class Diffusion(Family):
                 model_pb2.Model.METHOD_ENCODE,
                 model_pb2.Model.METHOD_DECODE,
                 model_pb2.Model.METHOD_DENOISE,
+                *([model_pb2.Model.METHOD_SCORE] if latents is None else []),
             ),
-            sample_shape=shape,
+            sample_shape=self.info.shape,
+            sample_levels=self.info.levels if latents is None else 0,
             latent_shape=shape,
+            latent_range=None if latents is None else (-latents.bound, latents.bound),
+            latent_space=None if latents is None else _space(latents),
             description=(
-                f"Class-conditional denoising diffusion model: a U-Net that predicts {self.config.prediction}, "
-                f"{self.config.schedule} schedule of {self.config.timestep_count} timesteps."
+                f"Class-conditional denoising diffusion model{f' over latents of {latents.model}' if latents else ''}: "
+                f"a network that predicts {self.config.prediction}, {self.config.schedule} schedule of "
+                f"{self.config.timestep_count} timesteps."
             ),
-            reference_uri="https://arxiv.org/abs/2006.11239",
+            reference_uri=f"https://arxiv.org/abs/{'2112.10752' if latents else '2006.11239'}",
             diffusion=spec,
-            likelihood=no_likelihood("There is a variational bound, a sum over all timesteps; no method answers it."),
+            likelihood=None if latents is None else no_likelihood(OF_LATENTS),
         )
 
     def _estimates(self, x: Tensor, prediction: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
@@ -265,10 +282,26 @@ class Diffusion(Family):
             x0 = alpha * x - sigma * prediction
         else:
             x0 = prediction
-        x0 = x0.clamp(-1, 1)
+        bound = 1.0 if self.info.latents is None else self.info.latents.bound
+        x0 = x0.clamp(-bound, bound)
         return x0, (x - alpha * x0) / sigma
 
     def _at(self, levels: NDArray[np.float64], timestep: Tensor) -> Tensor:
-        """Each row's alpha or sigma at its timestep, [n, 1, 1, 1] f32."""
+        """Each row's alpha or sigma at its timestep, [n, 1 ...] f32, of as many axes as a batch."""
         table = torch.from_numpy(levels.astype(np.float32)).to(timestep.device)
-        return table[timestep][:, None, None, None]
+        return table[timestep].reshape(-1, *[1] * len(self.info.trained_shape))
+
+
+def _network(config: DiffusionConfig, info: DataInfo) -> UNet | VectorNet:
+    shape, counts = info.trained_shape, (config.timestep_count, len(info.class_names))
+    if len(shape) == 1:
+        return VectorNet(shape[0], config.vector_width, config.vector_blocks, *counts)
+    if len(shape) != 3:
+        raise ValueError(f"latents of shape {list(shape)}: must be vectors, or have channels, height and width")
+    return UNet(config.pyramid((shape[0], shape[1], shape[2])), *counts)
+
+
+def _space(latents: LatentsInfo) -> model_pb2.LatentSpace:
+    return model_pb2.LatentSpace(
+        decoder=latents.model, decoder_digest=latents.digest, scales=latents.deviations, shifts=latents.means
+    )
