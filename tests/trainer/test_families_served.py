@@ -17,7 +17,9 @@ from latentd_trainer.checkpoint import RunRecord
 from latentd_trainer.data import Dataset, load, scale
 from latentd_trainer.export import write_bundle
 from latentd_trainer.families import Family
+from latentd_trainer.families.gan import Gan
 from latentd_trainer.families.helmholtz import HelmholtzMachine
+from latentd_trainer.families.infogan import Critic, InfoGan
 from latentd_trainer.families.naive_bayes import NaiveBayes
 from latentd_trainer.families.predictability_minimization import PredictabilityMinimization
 from latentd_trainer.families.sigmoid_belief_net import SigmoidBeliefNet
@@ -32,6 +34,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "helmholtz": {"steps": 60, "lower": 6, "upper": 4, "draws": 3},
     "vae-gan": {"steps": 40, "width": 8, "hidden": 16, "latent": 3, "discriminator_steps": 5, "batch_size": 16},
     "predictability-minimization": {"steps": 200, "units": 6, "hidden": 32, "predictor_hidden": 4},
+    "gan": {"steps": 40, "width": 8, "hidden": 32, "latent": 5, "inversion": 0.5},
+    "infogan": {"steps": 40, "width": 8, "hidden": 32, "codes": 4, "noise": 6},
 }
 Array = np.ndarray[Any, Any]
 
@@ -67,10 +71,10 @@ def trained_and_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_samples_are_their_decoded_latents(served: Served, name: str) -> None:
-    """Sample reports what it decoded: Decode of those latents, with the labels, gives the same bytes."""
+    """Sample reports what it decoded: Decode of those latents, with labels and seed, gives the same bytes."""
     samples = served.client.sample(name, 20, seed=3)
     assert samples.latents is not None
-    again = served.client.decode(name, samples.latents, label=samples.labels)
+    again = served.client.decode(name, samples.latents, label=samples.labels, seed=3)
     assert again.array.tobytes() == samples.array.tobytes()
     assert len(np.unique(samples.array.reshape(20, -1), axis=0)) > 1
 
@@ -185,6 +189,70 @@ def test_codes_are_served_and_come_back_as_images(served: Served) -> None:
     np.testing.assert_allclose(served.client.decode(name, bits).array, expected, atol=1e-6)
 
 
+def test_the_gan_s_encoder_is_its_inverter(served: Served) -> None:
+    """Encode gives what the inverter says of an image and its class, no posterior; Decode turns it into an image."""
+    family = served.families["gan"]
+    assert isinstance(family, Gan)
+    labels = served.digits.test.labels[:12]
+    encoded = served.client.encode("gan", served.images, label=labels)
+    with torch.no_grad():
+        given = torch.from_numpy(labels)
+        latent = family.modules["encoder"](torch.from_numpy(served.images), given)
+        images = family.averages["generator"].module(latent, given)
+    np.testing.assert_allclose(encoded.array, latent, atol=1e-5)
+    assert (encoded.mean, encoded.log_variance, encoded.probability) == (None, None, None)
+    np.testing.assert_allclose(served.client.decode("gan", encoded.array, label=labels).array, images, atol=1e-5)
+    with pytest.raises(LatentdError, match="class_label"):
+        served.client.encode("gan", served.images)
+    card = served.client.model("gan").proto.card
+    assert "learned inverter" in card.description
+    assert "no explicit inference model" in card.likelihood.explanation
+
+
+def test_infogan_encodes_to_its_codes(served: Served) -> None:
+    """Encode is q(codes | x): mean and log variance of the continuous codes, and P(code) beside them; Score is D."""
+    family = served.families["infogan"]
+    assert isinstance(family, InfoGan)
+    encoded, drawn = (served.client.encode("infogan", served.images, seed=seed) for seed in (None, 4))
+    with torch.no_grad():
+        critic = family.averages["critic"].module
+        assert isinstance(critic, Critic)
+        guess = critic.guess(torch.from_numpy(served.images))
+        real = critic(torch.from_numpy(served.images)).sigmoid()
+    np.testing.assert_allclose(encoded.mean, guess.mean, atol=1e-5)
+    np.testing.assert_allclose(encoded.log_variance, guess.log_variance, atol=1e-5)
+    np.testing.assert_allclose(encoded.class_probability, guess.logits.softmax(dim=1), atol=1e-6)
+    np.testing.assert_array_equal(encoded.array, encoded.mean)
+    assert np.abs(drawn.array - encoded.array).min() > 0
+    np.testing.assert_array_equal(drawn.class_probability, encoded.class_probability)
+    scores = served.client.score("infogan", served.images)
+    np.testing.assert_allclose(scores.values, real, atol=1e-6)
+    assert scores.kind == "real-probability"
+
+
+def test_infogan_samples_by_code(served: Served) -> None:
+    """The label is the categorical code, one of the model's own; without one each sample has its own, all alike often.
+
+    The generator gets code, continuous codes and noise that Sample draws by the seed: as many rows of Decode are a walk
+    along a continuous code.
+    """
+    assert list(served.client.model("infogan").class_names) == ["code 0", "code 1", "code 2", "code 3"]
+    free = served.client.sample("infogan", 400, seed=1)
+    assert free.latents is not None
+    assert free.latents.shape == (400, 2)
+    assert (np.abs(np.bincount(free.labels) / 400 - 0.25) < 0.08).all()
+    asked = served.client.sample("infogan", 8, seed=1, label=2)
+    assert asked.labels.tolist() == [2] * 8
+    np.testing.assert_array_equal(asked.latents, free.latents[:8])
+    same = free.labels[:8] == 2
+    assert [bool((a == b).all()) for a, b in zip(asked.array, free.array[:8], strict=True)] == same.tolist()
+    with pytest.raises(LatentdError, match="from 0 to 3; got 4"):
+        served.client.sample("infogan", 1, label=4)
+    walk = np.stack([np.linspace(-2, 2, 5), np.zeros(5)], axis=1)
+    walked = served.client.decode("infogan", walk, label=2, seed=1).array
+    assert len(np.unique(walked.reshape(5, -1), axis=0)) == 5
+
+
 def test_models_without_classes_say_so(served: Served) -> None:
     """They name no classes, and a label is refused with the reason; a code has no likelihood to score."""
     for name in ("sigmoid-belief-net", "helmholtz", "predictability-minimization"):
@@ -207,6 +275,12 @@ def test_models_without_classes_say_so(served: Served) -> None:
             | {f"latent-kl-{index}" for index in range(3)},
         ),
         ("predictability-minimization", {"reconstruction-error", "code-mutual-information", "near-binary-share"}),
+        ("gan", {"reconstruction-error"}),
+        (
+            "infogan",
+            {"code-purity", "matched-accuracy", "code-information", "latent-information"}
+            | {"latent-kl-0", "latent-kl-1", "smallest-latent-kl"},
+        ),
     ],
 )
 def test_evaluation_measures_what_a_family_has(

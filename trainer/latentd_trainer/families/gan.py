@@ -239,7 +239,14 @@ class Game:
         self.settings, self.discriminator, self.updater = settings, discriminator, updater
 
     def discriminator_step(
-        self, real: Tensor, fake: Tensor, labels: Tensor, moment: Moment, beside: Tensor | None = None
+        self,
+        real: Tensor,
+        fake: Tensor,
+        labels: Tensor,
+        moment: Moment,
+        *,
+        beside: Tensor | None = None,
+        rate_factor: float = 1.0,
     ) -> dict[str, Tensor]:
         """One step of the discriminator. Losses: `discriminator`, and `penalty` in every `penalty_interval`th step.
 
@@ -249,6 +256,7 @@ class Game:
             labels: [n] i64.
             moment: where in training the step is.
             beside: what the discriminator minimises as well, [] f32.
+            rate_factor: of its learning rate.
         """
         with moment.autocast():
             real_logit = self._judge(real, labels, moment)
@@ -259,7 +267,7 @@ class Game:
             penalty = self._gradient_penalty(real, labels)
             losses["penalty"] = penalty.detach()
             loss = loss + self.settings.gradient_penalty / 2 * self.settings.penalty_interval * penalty
-        self.updater.apply(loss if beside is None else loss + beside, moment.shard)
+        self.updater.apply(loss if beside is None else loss + beside, moment.shard, rate_factor)
         return losses
 
     def generator_loss(self, fake: Tensor, labels: Tensor, moment: Moment) -> Tensor:

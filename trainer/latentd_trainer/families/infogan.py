@@ -40,9 +40,9 @@ LOG_VARIANCE_RANGE = (-2.0, 2.0)
 class InfoGanConfig(GameSettings, PyramidSettings):
     """Settings of InfoGAN training; the defaults are the recipe for digits."""
 
-    steps: int = setting(1500, "training steps, of both networks")
+    steps: int = setting(800, "training steps, of both networks")
     batch_size: int = setting(64, "images a step, over all processes")
-    learning_rate: float = setting(1e-3, "rate of both Adams")
+    learning_rate: float = setting(1e-3, "rate of both Adams, which falls to 0 over the second half of the steps")
     blocks: int = setting(0, "residual blocks at each level, beside the convolution that leads to it")
     hidden: int = setting(128, "width of the linear layer that discriminator and recognition share")
     codes: int = setting(10, "values of the categorical code")
@@ -51,7 +51,7 @@ class InfoGanConfig(GameSettings, PyramidSettings):
     code_width: int = setting(16, "width of the categorical code's embedding in the generator")
     information: float = setting(1.0, "weight of the mutual information of images and categorical code")
     continuous_information: float = setting(0.1, "weight of the mutual information of images and continuous codes")
-    average_decay: float = setting(0.998, "decay of the generator's moving average, which is what is served")
+    average_decay: float = setting(0.998, "decay of the moving averages of both networks, which are what is served")
 
     def __post_init__(self) -> None:
         problems = below(
@@ -159,7 +159,7 @@ class RealProbabilityGraph(nn.Module):
 
 
 class InfoGan(Family):
-    """Generator and its average, the critic with two heads, and an Adam for each."""
+    """Generator and critic, which has two heads; an average and an Adam for each."""
 
     config_type = InfoGanConfig
     config: InfoGanConfig
@@ -170,7 +170,7 @@ class InfoGan(Family):
         self.generator = Generator(pyramid, config.continuous + config.noise, config.code_width, config.codes)
         self.critic = Critic(pyramid, config.hidden, config.codes, config.continuous)
         self.modules = {"generator": self.generator, "critic": self.critic}
-        self.averages = {"generator": Average(self.generator, config.average_decay)}
+        self.averages = {name: Average(module, config.average_decay) for name, module in self.modules.items()}
         self.updaters = {
             name: Updater(module, game_optimizer(module, config.learning_rate)) for name, module in self.modules.items()
         }
@@ -182,20 +182,24 @@ class InfoGan(Family):
         Losses: `discriminator`, `penalty`, `generator`, and in nats `information`, of the categorical code, and
         `continuous`, of the others.
         """
+        rate_factor = min(1.0, 2 - 2 * moment.step / moment.step_count)
         codes = self._draw(batch, moment)
         with torch.no_grad():
             fake = self._generate(codes, moment)
         category, continuous = self._information(fake, codes, moment)
         telling = -(self.config.information * category + self.config.continuous_information * continuous)
-        losses = self.game.discriminator_step(batch.images, fake, batch.labels, moment, beside=telling)
+        losses = self.game.discriminator_step(
+            batch.images, fake, batch.labels, moment, beside=telling, rate_factor=rate_factor
+        )
 
         codes = self._draw(batch, moment)
         fake = self._generate(codes, moment)
         generator = self.game.generator_loss(fake, batch.labels, moment)
         category, continuous = self._information(fake, codes, moment)
         telling = -(self.config.information * category + self.config.continuous_information * continuous)
-        self.updaters["generator"].apply(generator + telling, moment.shard)
-        self.averages["generator"].update(moment.step)
+        self.updaters["generator"].apply(generator + telling, moment.shard, rate_factor)
+        for average in self.averages.values():
+            average.update(moment.step)
         return losses | {
             "generator": generator.detach(),
             "information": category.detach(),
@@ -216,6 +220,8 @@ class InfoGan(Family):
         """The generator as decoder, recognition as encoder, the discriminator as scorer."""
         shape, latent, noise = self.info.shape, (self.config.continuous,), (self.config.noise,)
         sample = GraphInput("sample", Source.SOURCE_SAMPLE, shape)
+        critic = self.averages["critic"].module
+        assert isinstance(critic, Critic)
         graphs = (
             Graph(
                 role=Role.ROLE_DECODER,
@@ -229,7 +235,7 @@ class InfoGan(Family):
             ),
             Graph(
                 role=Role.ROLE_ENCODER,
-                module=RecognitionGraph(self.critic).eval(),
+                module=RecognitionGraph(critic).eval(),
                 inputs=(sample,),
                 outputs=(
                     GraphOutput("latent_mean", Meaning.MEANING_LATENT_MEAN, latent),
@@ -239,7 +245,7 @@ class InfoGan(Family):
             ),
             Graph(
                 role=Role.ROLE_SCORER,
-                module=RealProbabilityGraph(self.critic).eval(),
+                module=RealProbabilityGraph(critic).eval(),
                 inputs=(sample,),
                 outputs=(GraphOutput("real_probability", Meaning.MEANING_REAL_PROBABILITY, ()),),
             ),
