@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from latentd.card import likelihood_in_words
 from latentd.v1 import model_pb2
-from latentd_trainer import bundle as bundles
 from latentd_trainer import card as cards
-from latentd_trainer import licenses
+from latentd_trainer import export, licenses
 from latentd_trainer.bundle import BundleError
 from latentd_trainer.checkpoint import RunRecord, build_family
 from latentd_trainer.cli import app
@@ -127,18 +127,21 @@ def test_a_licence_that_spdx_does_not_know_is_refused_by_the_command(tmp_path: P
 
 
 def test_licences_of_the_digits_are_known_and_of_other_data_are_not(
-    write_tiny: Callable[..., Path], tiny_record: Callable[[str], RunRecord], tmp_path: Path
+    tiny_specs: dict[str, Callable[[], ServingSpec]],
+    tiny_record: Callable[[str], RunRecord],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """The embedded set's own licence and latentd's for the weights; for other data what was given, or that none was."""
-    digits = dataclasses.replace(tiny_record("gan"), data="digits")
-    made = {
-        "digits": write_tiny(tmp_path / "a", "gan", record=digits),
-        "others": write_tiny(tmp_path / "b", "gan"),
-        "given": write_tiny(tmp_path / "c", "gan", license="MIT", data_license="CC0-1.0"),
-    }
-    found = {name: bundles.read(path).model.card for name, path in made.items()}
-    assert {name: (card.license, card.dataset_license) for name, card in found.items()} == {
-        "digits": ("Apache-2.0", "CC-BY-4.0"),
-        "others": (licenses.UNKNOWN, licenses.UNKNOWN),
-        "given": ("MIT", "CC0-1.0"),
-    }
+    origins: list[Origin] = []
+    monkeypatch.setattr(export, "package", lambda _, origin, **__: origins.append(origin))
+    others = tiny_record("gan")
+    digits = dataclasses.replace(others, data="digits")
+    given = {"license": "MIT", "data_license": "CC0-1.0"}
+    for record, options in ((digits, {}), (others, {}), (digits, given)):
+        export.write_bundle(tiny_specs["gan"](), record, datetime.now(UTC), models=tmp_path, name="a", **options)
+    assert [(origin.license, origin.dataset_license) for origin in origins] == [
+        ("Apache-2.0", "CC-BY-4.0"),
+        (licenses.UNKNOWN, licenses.UNKNOWN),
+        ("MIT", "CC0-1.0"),
+    ]

@@ -1,8 +1,10 @@
 """VAE-GAN: what it takes over from a VAE's run, what training changes, what is served, and how the two are compared."""
 
+import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,16 @@ import pytest
 import torch
 from latentd.v1 import model_pb2
 from latentd_trainer import bundle as bundles
-from latentd_trainer import classifier, evaluate, export
+from latentd_trainer import classifier, evaluate, export, start
 from latentd_trainer.card import start_figures
-from latentd_trainer.checkpoint import CHECKPOINT_FILE, load_run, read_record
+from latentd_trainer.checkpoint import CHECKPOINT_FILE, RunRecord, load_run, read_record
 from latentd_trainer.cli import app
 from latentd_trainer.data import load, scale
 from latentd_trainer.families.gan import Game
 from latentd_trainer.families.vae import Vae
 from latentd_trainer.families.vae_gan import VaeGan
-from latentd_trainer.spec import Likelihood, Meaning, Role
-from safetensors.torch import load_file
+from latentd_trainer.spec import Likelihood, Meaning, Role, ServingSpec
+from safetensors.torch import load_file, save
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
@@ -127,13 +129,13 @@ def test_a_run_that_fell_over_at_once_resumes_without_the_vae(
     vae_run: Path, tuned_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint of step 0 holds what was taken over: resumed, the run is bit for bit one that never stopped."""
-    start = Path(shutil.copytree(vae_run, tmp_path / "vae"))
+    began = Path(shutil.copytree(vae_run, tmp_path / "vae"))
     with monkeypatch.context() as patch:
         patch.setattr(VaeGan, "step", lambda *_: {"discriminator": torch.tensor(math.nan)})
-        result = call("fit", "vae_gan", "--from", start, "--out", tmp_path / "run", *QUICK)
+        result = call("fit", "vae_gan", "--from", began, "--out", tmp_path / "run", *QUICK)
         assert result.exit_code == 1
         assert "step 1: a loss is not finite" in result.output
-    shutil.rmtree(start)
+    shutil.rmtree(began)
     done("fit", "vae_gan", "--out", tmp_path / "run", "--resume", *QUICK)
     whole, parts = (load_file(run / CHECKPOINT_FILE) for run in (tuned_run, tmp_path / "run"))
     assert whole.keys() == parts.keys()
@@ -198,38 +200,72 @@ def test_score_is_the_bound_or_p_real(score: str, meaning: int, tuned_run: Path,
             assert torch.equal(scorer.module(*images), expected)
 
 
+def test_the_record_names_the_weights_that_the_vae_s_bundle_has(vae_run: Path, tuned_run: Path, tmp_path: Path) -> None:
+    """A bundle's checkpoint is known again by its digest, and that of another network is not."""
+    recorded = read_record(tuned_run).start
+    assert recorded is not None
+    for run, same in ((vae_run, True), (tuned_run, False)):
+        weights = export.weights(load_run(run).family.serving_spec())
+        (tmp_path / CHECKPOINT_FILE).write_bytes(save(weights))
+        assert start.is_served_by(recorded, tmp_path) == same
+
+
+@pytest.fixture(scope="module", name="data")
+def small_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 4 x 4 images in three classes: bars at three heights, with noise."""
+    x = np.random.default_rng(0).integers(0, 5, (300, 4, 4))
+    x[np.arange(300), np.arange(300) % 3] += 11
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, x=x.astype(np.uint8), y=np.arange(300) % 3, levels=17)
+    return path
+
+
 @pytest.fixture(scope="module", name="models")
-def exported_models(vae_run: Path, tuned_run: Path) -> Path:
-    """Bundles of the two; not to be changed."""
-    models = vae_run.with_name("models")
-    for name, run in {"vae": vae_run, "tuned": tuned_run}.items():
-        export.run(run, models=models, name=name)
+def exported_models(
+    data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_specs: dict[str, Callable[[], ServingSpec]],
+    write_tiny: Callable[..., Path],
+) -> Path:
+    """Bundles `tiny-vae` and, of other weights, `tiny-tuned`, which says it was tuned from it; not to be changed."""
+    models = tmp_path_factory.mktemp("models")
+    record = RunRecord("vae", {}, str(data), load(str(data)).info, 0, "fp32", 1, 1, {})
+    vae, tuned = tiny_specs["vae"](), tiny_specs["vae"]()
+    write_tiny(models, "vae", vae, record)
+    with torch.no_grad():
+        tuned.graphs[0].module.layers[0].bias += 0.3
+    began = {"family": "vae", "weights": start.weights_digest(export.weights(vae))}
+    tuned = dataclasses.replace(tuned, family=model_pb2.Model.FAMILY_VAE_GAN)
+    write_tiny(models, "tuned", tuned, dataclasses.replace(record, start=began))
     return models
 
 
 @pytest.fixture(name="quick")
-def quick_evaluation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
-    """Options of an evaluation with a short training of the classifier, few samples and draws."""
+def quick_evaluation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path) -> list[Any]:
+    """Options of an evaluation by a briefly trained classifier, few samples and draws, with the bars of digits."""
     monkeypatch.setattr(classifier, "STEPS", 30)
     monkeypatch.setattr(evaluate, "SAMPLE_COUNT", 120)
     monkeypatch.setattr(evaluate, "BOUND_DRAWS", 4)
-    return ["--cache", tmp_path / "cache", "--threads", "1", "--out", tmp_path / "out", "--card"]
+    monkeypatch.setattr(evaluate, "DATASET", "tiny")
+    return ["--data", data, "--cache", tmp_path / "cache", "--threads", "1", "--out", tmp_path / "out", "--card"]
 
 
 def test_the_card_has_the_vae_s_figures_beside_its_own(models: Path, quick: list[Any], tmp_path: Path) -> None:
     """Measured again in the same way: the VAE's reference and digest, and the very figures of its own evaluation."""
-    vae, tuned = (Path(shutil.copytree(models / name, tmp_path / "m" / name)) / "1" for name in ("vae", "tuned"))
+    vae, tuned = (
+        Path(shutil.copytree(models / name, tmp_path / "m" / name)) / "1" for name in ("tiny-vae", "tiny-tuned")
+    )
     done("evaluate", tuned, "--against", vae, *quick)
-    done("evaluate", vae, *quick[:4], "--out", tmp_path / "vae-out", "--card")
+    done("evaluate", vae, *quick[:6], "--out", tmp_path / "vae-out", "--card")
     card, its = bundles.read(tuned).model.card, bundles.read(vae).model
     (comparison,) = card.comparisons
-    assert (comparison.relation, comparison.model, comparison.digest) == ("tuned from", "vae@1", its.digest)
+    assert (comparison.relation, comparison.model, comparison.digest) == ("tuned from", "tiny-vae@1", its.digest)
     assert dict(comparison.metrics) == dict(its.card.metrics)
     assert start_figures(card)["frechet-distance-mean"] != card.metrics["frechet-distance-mean"]
     assert card.likelihood.nats == card.metrics["iwae-4"]
     report = (tmp_path / "out" / "report.md").read_text()
-    assert f"Tuned from vae@1, digest `{its.digest}`." in report
-    assert "| vae@1, mean |" in report
+    assert f"Tuned from tiny-vae@1, digest `{its.digest}`." in report
+    assert "| tiny-vae@1, mean |" in report
     change = card.metrics["recall-mean"] - comparison.metrics["recall-mean"]
     assert f"| change of recall-mean >= 0.05 | {change:.3f} | {'met' if change >= 0.05 else 'missed'} |" in report
     done("evaluate", tuned, *quick)
@@ -238,14 +274,14 @@ def test_the_card_has_the_vae_s_figures_beside_its_own(models: Path, quick: list
 
 def test_without_its_vae_a_change_was_not_measured(models: Path, quick: list[Any]) -> None:
     """`--bars` fails, and says which option was missing."""
-    result = call("evaluate", models / "tuned" / "1", "--bars", *quick[:-1])
+    result = call("evaluate", models / "tiny-tuned" / "1", "--bars", *quick[:-1])
     assert result.exit_code == 1
     assert "change of recall-mean >= 0.05: was not measured, as --against names no model that it was" in result.output
 
 
 def test_another_model_than_its_vae_is_refused(models: Path, quick: list[Any]) -> None:
     """Weights are compared, not names; before anything is measured."""
-    tuned = models / "tuned" / "1"
+    tuned = models / "tiny-tuned" / "1"
     result = call("evaluate", tuned, "--against", tuned, *quick[:-1])
     assert result.exit_code == 1
     assert "was tuned from other weights than those of" in result.output
@@ -253,8 +289,8 @@ def test_another_model_than_its_vae_is_refused(models: Path, quick: list[Any]) -
 
 def test_any_model_may_be_compared_with_another(models: Path, quick: list[Any], tmp_path: Path) -> None:
     """A model that started afresh takes any other beside it, and says that they were compared and no more."""
-    vae = Path(shutil.copytree(models / "vae", tmp_path / "m" / "vae")) / "1"
-    done("evaluate", vae, "--against", models / "tuned" / "1", *quick)
+    vae = Path(shutil.copytree(models / "tiny-vae", tmp_path / "m" / "tiny-vae")) / "1"
+    done("evaluate", vae, "--against", models / "tiny-tuned" / "1", *quick)
     card = bundles.read(vae).model.card
-    assert [(each.relation, each.model) for each in card.comparisons] == [("compared with", "tuned@1")]
+    assert [(each.relation, each.model) for each in card.comparisons] == [("compared with", "tiny-tuned@1")]
     assert not start_figures(card)
