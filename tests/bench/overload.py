@@ -2,132 +2,156 @@
 
 First a closed loop measures the peak; then an open loop, from a process of its own, offers a multiple of it: once with
 deadlines, which the door keeps, and once with none, where the backlog's bound refuses. Prints, for each, evaluations of
-requests done in time as a share of the peak, how long refusals took as the client sees it, and what they said.
+requests done in time as a share of the peak, how long refusals took as the client sees it, and what they said. Last, a
+server whose backlog is full of work that sits out does nothing but refuse, which tells what a refusal costs it.
 """
 
 import argparse
 import asyncio
-import contextlib
 import itertools
 import json
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import uvloop
-from google.rpc import error_details_pb2, status_pb2
 from latentd.names import CALLER_KEY
 from latentd.v1 import generation_service_pb2 as pb
 from latentd.v1 import generation_service_pb2_grpc
 
+from tests.bench import bundles, http2
 from tests.bench.load import SAMPLERS, STEPS
 from tests.bench.served import server
 
 MODEL = "digits-diffusion"
 IN_FLIGHT = 64
+CALLERS = 8
 CONNECTIONS = 16
 """On one alone, calls beyond `max_streams` would wait at the client, and the door would not see them."""
 BACKLOG_S = 2.0
 """Seconds of work that the backlog holds where it is bounded."""
+MOST_REFUSALS_PER_S = 500.0
+HELD = 100_000
+"""Samples of the request that fills a backlog and sits out, since nobody reads: some 30 MiB."""
 
 
-def request(index: int, rng: random.Random, samples: int) -> pb.SampleRequest:
-    """So many samples; step counts are drawn, samplers take turns."""
-    options = pb.DiffusionOptions(step_count=rng.choice(STEPS), sampler=SAMPLERS[index % len(SAMPLERS)])
-    return pb.SampleRequest(model=MODEL, seed=index, sample_count=samples, diffusion=options)
+def request(index: int, rng: random.Random, samples: int, model: str = MODEL) -> pb.SampleRequest:
+    """So many samples; where they take steps their counts are drawn, and samplers take turns."""
+    asked = pb.SampleRequest(model=model, seed=index, sample_count=samples)
+    if model == MODEL:
+        asked.diffusion.step_count, asked.diffusion.sampler = rng.choice(STEPS), SAMPLERS[index % len(SAMPLERS)]
+    return asked
 
 
 class Client:
     """Asks, and keeps what came of it."""
 
-    def __init__(self, channels: list[grpc.aio.Channel]) -> None:
-        self._stubs = [generation_service_pb2_grpc.GenerationServiceStub(channel) for channel in channels]
+    def __init__(self, connections: list[http2.Connection], target: str, timeout_s: float | None) -> None:
+        self._connections = connections
+        path = "/latentd.v1.GenerationService/Sample"
+        deadline = [("grpc-timeout", f"{1e3 * timeout_s:.0f}m")] if timeout_s else []
+        self._headers = [
+            http2.header_block(path, target, [*deadline, (CALLER_KEY, f"caller-{number}")]) for number in range(CALLERS)
+        ]
         self.done: list[tuple[float, int]] = []  # when, and its evaluations
         self.refused_ms: list[float] = []
         self.hints_s: list[float] = []
         self.ends: Counter[str] = Counter()
 
-    async def ask(self, index: int, sample: pb.SampleRequest, timeout_s: float | None) -> None:
+    async def ask(self, index: int, sample: pb.SampleRequest) -> None:
         """One request to its end."""
+        body = http2.message(sample.SerializeToString())
         asked = time.perf_counter()
-        metadata = ((CALLER_KEY, f"caller-{index % 8}"),)
-        try:
-            async for _ in self._stubs[index % CONNECTIONS].Sample(sample, timeout=timeout_s, metadata=metadata):
-                pass
-        except grpc.aio.AioRpcError as error:
-            reason, hint_s = _read(error)
-            self.ends[reason] += 1
-            if reason in ("OVERLOADED", "DEADLINE_UNREACHABLE", "QUOTA_EXCEEDED"):
-                self.refused_ms.append(1e3 * (time.perf_counter() - asked))
-                self.hints_s += [] if hint_s is None else [hint_s]
-            return
-        self.ends["OK"] += 1
-        self.done.append((time.perf_counter(), sample.diffusion.step_count * sample.sample_count))
+        end = await self._connections[index % CONNECTIONS].call(self._headers[index % CALLERS], body)
+        took_ms = 1e3 * (time.perf_counter() - asked)
+        kind = _kind(end)
+        self.ends[kind] += 1
+        if kind in _REFUSALS:
+            self.refused_ms.append(took_ms)
+            self.hints_s += [] if end.pushback_s is None else [end.pushback_s]
+        elif kind == "OK":
+            self.done.append((time.perf_counter(), sample.diffusion.step_count * sample.sample_count))
 
 
-def _read(error: grpc.aio.AioRpcError) -> tuple[str, float | None]:
-    """The reason and the hint of a refusal; the code's name where there is none."""
-    reason, hint_s = error.code().name, None
-    for detail in status_pb2.Status.FromString(
-        dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
-    ).details:
-        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-        if detail.Unpack(info):
-            reason = info.reason
-        elif detail.Unpack(retry):
-            hint_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
-    return reason, hint_s
+_REFUSALS = ("OVERLOADED", "DEADLINE_UNREACHABLE", "QUOTA_EXCEEDED")
 
 
-async def drive(target: str, per_s: float, seconds: float, timeout_s: float | None, samples: int) -> dict[str, Any]:
-    """A closed loop if `per_s` is 0, else an open one with Poisson arrivals. Its first quarter is not counted."""
-    async with contextlib.AsyncExitStack() as stack:
-        options = [("grpc.use_local_subchannel_pool", 1)]  # or all channels would share a connection
-        client = Client(
-            [
-                await stack.enter_async_context(grpc.aio.insecure_channel(target, options=options))
-                for _ in range(CONNECTIONS)
-            ]
-        )
-        rng, numbers = random.Random(0), itertools.count()
-        for index in range(CONNECTIONS):
-            await client.ask(index, request(index, rng, samples), None)  # the connection is up and everything is warm
-        client.ends.clear()
-        began = time.perf_counter()
-        count_from, count_to = began + seconds / 4, began + seconds
-        tasks: set[asyncio.Task[None]] = set()
+def _kind(end: http2.End) -> str:
+    """The reason of a refusal, as its status and its text tell it; the status of any other end."""
+    code = next(code for code in grpc.StatusCode if code.value[0] == end.status)
+    if code is grpc.StatusCode.UNAVAILABLE and "backlog" in end.message:
+        return "OVERLOADED"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and "left" in end.message:
+        return "DEADLINE_UNREACHABLE"
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return "QUOTA_EXCEEDED"
+    return code.name
 
-        async def one() -> None:
-            index = next(numbers)
-            await client.ask(index, request(index, rng, samples), timeout_s)
 
-        async def worker() -> None:
-            while time.perf_counter() < count_to:
-                await one()
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a server, from when on it is counted, and for how long. A closed loop if `per_s` is 0."""
 
-        if per_s:
-            due = began
-            while due < count_to:
-                due += rng.expovariate(per_s)
-                await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                task = asyncio.create_task(one())
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-            await asyncio.gather(*tasks)
-        else:
-            await asyncio.gather(*(worker() for _ in range(max(2, IN_FLIGHT // samples))))
+    per_s: float
+    ramp_s: float  # until the backlog is what it stays at
+    seconds: float
+    samples: int
+    timeout_s: float | None = None
+    model: str = MODEL
+
+
+async def drive(target: str, load: Load) -> dict[str, Any]:
+    """A closed loop, or an open one with Poisson arrivals."""
+    samples, model = load.samples, load.model
+    connections = [await http2.Connection.open(target) for _ in range(CONNECTIONS)]
+    client = Client(connections, target, load.timeout_s)
+    rng, numbers = random.Random(0), itertools.count()
+    for index in range(CONNECTIONS):
+        await client.ask(index, request(index, rng, 1, model))  # the connection is up and everything is warm
+    client.ends.clear()
+    client.refused_ms.clear()
+    began, before = time.perf_counter(), time.process_time()
+    count_from = began + load.ramp_s
+    count_to = count_from + load.seconds
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def one() -> None:
+        index = next(numbers)
+        await client.ask(index, request(index, rng, samples, model))
+
+    async def worker() -> None:
+        while time.perf_counter() < count_to:
+            await one()
+
+    if load.per_s:
+        due = began
+        while due < count_to:
+            due += rng.expovariate(load.per_s)
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            task = asyncio.create_task(one())
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        await asyncio.gather(*tasks)
+    else:
+        await asyncio.gather(*(worker() for _ in range(max(2, IN_FLIGHT // samples))))
+    spent = time.process_time() - before
+    for connection in connections:
+        connection.close()
     return {
         "evaluations_per_s": sum(count for at, count in client.done if count_from <= at <= count_to)
         / (count_to - count_from),
         "ends": dict(client.ends),
         "refusal_ms": _quantiles(client.refused_ms, 0.5, 0.99, 1.0),
         "retry_after_s": _quantiles(client.hints_s, 0.05, 0.5, 0.95),
+        "client_cpu_us": 1e6 * spent / max(1, client.ends.total()),
     }
 
 
@@ -135,24 +159,38 @@ def _quantiles(values: list[float], *at: float) -> dict[str, float]:
     return {f"p{100 * q:g}": float(np.quantile(values, q)) for q in at} if values else {}
 
 
-def cell(address: str, per_s: float, seconds: float, timeout_s: float | None, samples: int) -> dict[str, Any]:
+def cell(address: str, load: Load) -> dict[str, Any]:
     """One load, from a process of its own, which yields to the server: elsewhere they would not share cores."""
-    command = [
-        "nice",
-        "-n",
-        "19",
-        sys.executable,
-        "-m",
-        "tests.bench.overload",
-        "--client",
-        address,
-        str(per_s),
-        str(seconds),
-    ]
-    command += [str(timeout_s or 0), str(samples)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 120)
+    command = ["nice", "-n", "19", sys.executable, "-m", "tests.bench.overload", "--client", address]
+    command.append(json.dumps(asdict(load)))
+    allowed_s = load.ramp_s + load.seconds + 120
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=allowed_s)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+def refusals(seconds: float, per_s: float) -> dict[str, Any]:
+    """So many refusals a second by a server that does nothing else, and its CPU time for each of them."""
+    flags = ["--max-samples", str(HELD), "--max-model-backlog", "1", "--reader-timeout", "0", "--drain-seconds", "0"]
+    with tempfile.TemporaryDirectory() as scratch:
+        bundles.write(Path(scratch), bundles.TINY_VAE)
+        with (
+            server(Path(scratch), 1, "--self-check-interval", "0", *flags) as running,
+            grpc.insecure_channel(running.address) as channel,
+        ):
+            stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
+            call = stub.Sample(pb.SampleRequest(model=bundles.TINY_VAE, sample_count=HELD))
+            next(call)  # and read no more
+            before = -1.0
+            while (now := running.counted(bundles.TINY_VAE)["latentd_evaluations_total"]) != before:
+                before = now
+                time.sleep(1.0)
+            spent = running.cpu_s
+            found = cell(running.address, Load(per_s, 0.0, seconds, 1, model=bundles.TINY_VAE))
+            spent = running.cpu_s - spent
+            call.cancel()
+    count = sum(found["ends"].values())
+    return found | {"count": count, "server_cpu_us": 1e6 * spent / (count + CONNECTIONS)}
 
 
 def main() -> int:
@@ -160,28 +198,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.overload", description=__doc__)
     parser.add_argument("--models", type=Path, default=Path("models"), help=f"with {MODEL}")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each cell")
+    parser.add_argument("--ramp", type=float, default=2 * BACKLOG_S, help="seconds before that, not counted")
     parser.add_argument("--timeout", type=float, default=2.0, help="seconds, of every request with a deadline")
     parser.add_argument("--samples", type=int, default=8, help="of each request")
     parser.add_argument("--factor", type=float, default=3.0, help="load offered, by the peak")
-    parser.add_argument("--client", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--client", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client:
-        target, *numbers = options.client
-        per_s, seconds, timeout_s, samples = map(float, numbers)
-        print(json.dumps(uvloop.run(drive(target, per_s, seconds, timeout_s or None, int(samples)))))
+        target, load = options.client
+        print(json.dumps(uvloop.run(drive(target, Load(**json.loads(load))))))
         return 0
     if not (options.models / MODEL).exists():
         print(f"no {MODEL} in {options.models}; `make demo` trains it", file=sys.stderr)
         return 2
     with server(options.models, 1) as running:
-        peak = cell(running.address, 0.0, options.seconds, None, options.samples)["evaluations_per_s"]
+        closed = Load(0.0, min(options.ramp, options.seconds / 4), options.seconds, options.samples)
+        peak = cell(running.address, closed)["evaluations_per_s"]
         per_s = options.factor * peak / (options.samples * sum(STEPS) / len(STEPS))
         print(f"peak {peak:,.0f} evaluations/s, closed loop of {IN_FLIGHT} samples; offered {per_s:,.0f} requests/s")
-        found = cell(running.address, per_s, options.seconds, options.timeout, options.samples)
+        load = Load(per_s, options.ramp, options.seconds, options.samples)
+        found = cell(running.address, replace(load, timeout_s=options.timeout))
         _print(f"{options.timeout:g} s each", found, peak)
     with server(options.models, 1, "--max-backlog", str(round(BACKLOG_S * peak))) as running:
-        found = cell(running.address, per_s, options.seconds, None, options.samples)
+        found = cell(running.address, load)
         _print(f"no deadline, a backlog of {BACKLOG_S:g} s", found, peak)
+    found = refusals(options.seconds, min(per_s, MOST_REFUSALS_PER_S))
+    print(f"nothing but refusals: {found['count']}, {found['ends']}")
+    print(f"  the server's CPU time {found['server_cpu_us']:.0f} us each, the client's {found['client_cpu_us']:.0f}")
     return 0
 
 

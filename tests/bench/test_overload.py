@@ -14,13 +14,19 @@ def test_the_overload_benchmark_tells_of_both_loads(tmp_path: Path) -> None:
     """A peak above zero, and for each load what became of the requests, how fast refusals were and what they said."""
     write_diffusion(tmp_path, "digits-diffusion")
     command = [sys.executable, "-m", "tests.bench.overload", "--models", str(tmp_path), "--seconds", "0.5"]
-    done = subprocess.run([*command, "--factor", "0.5"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "--factor", "0.5", "--ramp", "0.1"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     peak = re.search(r"peak ([\d,]+) evaluations/s", done.stdout)
     assert peak is not None
     assert int(peak[1].replace(",", "")) > 0
     assert done.stdout.count("goodput") == done.stdout.count("refused within") == 2
     assert done.stdout.count("told to come back in") == 2
+    refusals = re.search(r"nothing but refusals: (\d+), {'OVERLOADED': (\d+)}", done.stdout)
+    assert refusals is not None
+    assert refusals[1] == refusals[2]
+    assert "the server's CPU time" in done.stdout
 
 
 def test_without_a_model_it_says_how_to_get_one(tmp_path: Path) -> None:
