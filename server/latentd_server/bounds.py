@@ -45,10 +45,14 @@ def score(
     visited = timesteps.reshape(-1)
     rows = np.repeat(np.arange(len(samples), dtype=np.int64), draws * terms)
     tables = samplers.estimates(schedule)
+    if terms == count:
+        tables *= len(samples) * draws
+    else:
+        tables = tuple(map(tables.__getitem__, visited.tolist()))
     job = StepJob(
         model=model.name,
         lane_count=len(rows),
-        tables=tuple(map(tables.__getitem__, visited.tolist())),
+        tables=tables,
         start=BoundTerms(
             samples=samples,
             rows=rows,
