@@ -149,8 +149,8 @@ def model_table(model: Model) -> RenderableType:
         "methods": " ".join(sorted(model.methods)),
         **{name: what if name in model.methods else f"no: {what}" for name, what in model.capabilities.items()},
         "likelihood": likelihood_in_words(card.likelihood) if card.HasField("likelihood") else "",
-        "sample": f"{_shape(model.sample_shape)} in [{low:g}, {high:g}]",
-        "latent": _shape(model.latent_shape) if model.latent_shape else "-",
+        "sample shape": f"{_shape(model.sample_shape)} in [{low:g}, {high:g}]",
+        "latent shape": _shape(model.latent_shape) if model.latent_shape else "-",
         "classes": ", ".join(classes) or "-",
     }
     if model.is_diffusion:

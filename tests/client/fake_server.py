@@ -53,6 +53,7 @@ def toy_card() -> model_pb2.ModelCard:
             draw_count=50,
         ),
     )
+    card.capabilities.add(method=model_pb2.Model.METHOD_SAMPLE, description="a toy")
     card.capabilities.add(method=model_pb2.Model.METHOD_ENCODE, description="a code")
     card.capabilities.add(method=model_pb2.Model.METHOD_SCORE, description="no critic")
     card.comparisons.add(relation="tuned from", model="older@2", digest="sha256:0a", metrics={"recall": 0.625})

@@ -81,7 +81,9 @@ def test_describe_shows_the_whole_card(run: Run) -> None:
     """What methods answer or why not, the likelihood with its figures, both licences, and what it is held against."""
     lines = [" ".join(line.split()) for line in run("describe", "toy-diffusion").stdout.splitlines()]
     for line in (
+        "sample a toy",
         "encode a code",
+        "sample shape [1, 4, 4] in [-1, 1]",
         "score no: no critic",
         "likelihood lower bound of a probability mass, IWAE-50: -44.36 nats, 4 bits/dim. Of toys.",
         "licence Apache-2.0",
