@@ -59,6 +59,7 @@ ROWS = [
     (failures.DeadlineError(), Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", None),
     (failures.CancelledError(), Code.CANCELLED, "CANCELLED", None),
     (failures.RuntimeFailureError("x@1"), Code.INTERNAL, "RUNTIME_FAILURE", None),
+    (failures.ModelUnloadedError("x@1", 60), Code.UNAVAILABLE, "DRAINING", "RetryInfo"),
 ]
 
 
