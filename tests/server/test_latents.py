@@ -1,7 +1,7 @@
 """A walk over another model's latents: decoded, and encoded, by that model in one call."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from latentd.v1 import model_pb2
 from latentd_server import call_runner
 from latentd_server.failures import ModelInUseError
 from live import Live
-from parking import REPLYING, Parking
+from parking import QUEUED, REPLYING, Parking
 
 L, PLAIN, VAE = "tiny-latents", "tiny-plain", "tiny-vae"
 MEAN, DRAW, LATENT = pb.OUTPUT_MODE_MEAN, pb.OUTPUT_MODE_DRAW, pb.OUTPUT_MODE_LATENT
@@ -267,13 +267,37 @@ def test_a_decoder_that_fails_fails_its_own_requests_only(live: Live, monkeypatc
 
 
 def test_the_door_counts_the_decode(live: Live, parking: Parking) -> None:
-    """A request's decodes are in the backlog from the start, and a reader's pause holds them back too."""
+    """A request's decodes are in the backlog from the start."""
     stop = parking.hold(51, 0)
     call = live.stub.Sample(request(seed=51), timeout=60)
     assert stop.arrived.wait(30)
     assert live.serving.engine.backlog == 5 * (10 + 1)
     stop.leave.set()
     assert sum(len(each.result.sample_indices) for each in call) == 5
+
+
+def test_a_paused_request_waits_with_its_decodes(live: Live, parking: Parking) -> None:
+    """Lanes that finish their walk while their reader stands still are not decoded until it reads again."""
+    engine = live.serving.engine
+    last = parking.hold(61, 9)  # the last evaluation of the walk
+    call = live.stub.Sample(request(seed=61), timeout=60)
+    assert last.arrived.wait(30)
+    (job_id,) = engine._sinks
+    live.call(asked_of(engine.pause, job_id))
+    live.settle()
+    decode = parking.hold(61, QUEUED)
+    last.leave.set()
+    assert decode.arrived.wait(30)
+    decode.leave.set()
+    live.sample(request(seed=62))  # others are served meanwhile
+    assert (live.unfinished, engine.backlog) == (1, 5)
+    live.call(asked_of(engine.resume, job_id))
+    assert sum(len(each.result.sample_indices) for each in call) == 5
+
+
+async def asked_of(method: Callable[[int], None], job_id: int) -> None:
+    """A call of the engine, on the event loop."""
+    method(job_id)
 
 
 def test_its_class_covers_both_models(live: Live) -> None:
