@@ -236,7 +236,13 @@ CASES = [
         "2 rows x 3 classes x 1000 draws make 6000 evaluations; at most 200",
     ),
     ("score", V, Score(samples=images(), timestep_count=4), "timestep_count", "only the bound of a diffusion model"),
-    ("score", D, Score(samples=images(), draw_count=-1), "draw_count", "must be from 1 to 21474836, or 0 for 1; got -1"),
+    (
+        "score",
+        D,
+        Score(samples=images(), draw_count=-1),
+        "draw_count",
+        "must be from 1 to 21474836, or 0 for 1; got -1",
+    ),
     ("score", D, Score(samples=images(), timestep_count=1), "timestep_count", "from 2 to 100, or 0 for 100; got 1"),
     ("score", D, Score(samples=images(), timestep_count=101), "timestep_count", "from 2 to 100, or 0 for 100; got 101"),
     (
