@@ -181,7 +181,7 @@ class Fields:
 
     def _mask(self, mask: ArrayLike, item_shape: tuple[int, ...] | None) -> tensor_pb2.Tensor:
         array = np.asarray(mask)
-        if array.dtype.kind in "bi" and np.array_equal(array, array.astype(np.uint8)):  # else the server says what it is
+        if array.dtype.kind in "bi" and np.array_equal(array, array.astype(np.uint8)):
             array = array.astype(np.uint8)
         single = item_shape is not None and array.shape == (1, *item_shape[1:])
         return self.tensor("diffusion.known.mask", array[None] if single else array, item_shape)

@@ -240,7 +240,7 @@ def _denoiser_spec(denoiser: Denoiser, walk: diffusers_schedulers.Walk, shape: t
 
 
 def _over_latents(spec: ServingSpec, autoencoder: ServingSpec, served: model_pb2.Model) -> ServingSpec:
-    """What walks over latents of an autoencoder, whose graphs hold scale and shift; only clipping gives latents bounds."""
+    """What walks over latents of an autoencoder, whose graphs hold scale and shift; clipping alone bounds latents."""
     return replace(
         spec,
         methods=tuple(method for method in spec.methods if method != model_pb2.Model.METHOD_SCORE),
