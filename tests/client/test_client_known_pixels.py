@@ -24,7 +24,7 @@ def sent(server: FakeServer, index: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_known_pixels_and_mask_are_sent(client: Any, server: FakeServer) -> None:
-    """Truth values and integers travel as bytes; one image and one mask, were it of one channel, get their batch axis."""
+    """Truth values and integers travel as bytes; one image and one mask, were it of one channel, get a batch axis."""
     client.sample("toy-diffusion", 4, known=IMAGES, mask=MASKS)
     values, mask = sent(server)
     np.testing.assert_array_equal(values, IMAGES)
