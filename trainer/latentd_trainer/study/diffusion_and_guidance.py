@@ -55,10 +55,12 @@ def study(settings: Settings) -> Section:
         f"{_SWEPT_STEPS} steps. All walks start at the same noise.",
         figures={f"{name}/{measure}": value for name, found in measured.items() for measure, value in found.items()},
         criteria=(
-            Criterion("In 50 steps precision is that of real images", f"{many}/relative-precision", ">=", CLOSE),
-            Criterion("and recall too", f"{many}/relative-recall", ">=", CLOSE),
-            Criterion("Ten steps lose no precision", f"{few}/relative-precision", ">=", CLOSE),
-            Criterion("nor recall", f"{few}/relative-recall", ">=", CLOSE),
+            Criterion(
+                "In 50 steps precision is that of real images (ratio)", f"{many}/relative-precision", ">=", CLOSE
+            ),
+            Criterion("and recall too (ratio)", f"{many}/relative-recall", ">=", CLOSE),
+            Criterion("Ten steps lose no precision (ratio)", f"{few}/relative-precision", ">=", CLOSE),
+            Criterion("nor recall (ratio)", f"{few}/relative-recall", ">=", CLOSE),
             Criterion("Guidance of 3 loses recall to 1", f"{_SWEPT}-3/recall", "<", f"{_SWEPT}-1/recall"),
             Criterion("and gains precision", f"{_SWEPT}-3/precision", ">", f"{_SWEPT}-1/precision"),
             Criterion("and density", f"{_SWEPT}-3/density", ">", f"{_SWEPT}-1/density"),
