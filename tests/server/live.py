@@ -70,9 +70,15 @@ class Live:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     def settle(self) -> None:
-        """Wait until the engine has been handed what it was asked for until now."""
-        for _ in range(2):
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(30)
+        """Wait until the engine has been handed what it was asked for until now, and none of it waits for more."""
+
+        async def hurry() -> None:
+            self.serving.engine._hand_over.tell(lambda: None)
+            await asyncio.sleep(0)
+
+        self.turn()
+        self.call(hurry())
+        self.turn()
 
     def sample(self, request: pb.SampleRequest) -> bytes:
         """The samples of a request in order, as bytes, with their latents and labels."""
