@@ -274,6 +274,20 @@ def test_a_wrong_field_is_named_with_what_is_allowed(
     assert len(found[path]) < 300
 
 
+def test_an_unknown_sampler_hides_nothing_else(held: dict[str, Any]) -> None:
+    """What is wrong beside the sampler is told in the same answer; only `eta`, which is the sampler's, waits."""
+    options = pb.DiffusionOptions(sampler="plms", eta=7, step_count=-1, preview_interval_steps=-1)
+    options.known.mask.CopyFrom(images(1, NAN))
+    found = violations("sample", Sample(model=D, diffusion=options), held[D])
+    assert found.keys() == {
+        "diffusion.sampler",
+        "diffusion.step_count",
+        "diffusion.preview_interval_steps",
+        "diffusion.known.samples.data_type",
+        "diffusion.known.mask.data",
+    }
+
+
 def test_every_violation_is_reported_at_once(held: dict[str, Any]) -> None:
     """One answer names everything that is wrong, so a caller fixes a request in one go."""
     request = Sample(
