@@ -334,7 +334,7 @@ class Calls:
 
         Args:
             model: which model; a diffusion model.
-            noisy_samples: x_t, shape [n, *sample].
+            noisy_samples: x_t, shape [n, *sample]; [n, *latent] where latents are walked over.
             timestep: t, for all rows or for each.
             next_timestep: where to step to, -1 meaning clean data; None for no step.
             label: what to condition on.
@@ -354,7 +354,7 @@ class Calls:
         fields = Fields()
         request = pb.DenoiseStepRequest(
             model=model,
-            noisy_samples=fields.tensor("noisy_samples", noisy_samples, known.sample_shape),
+            noisy_samples=fields.tensor("noisy_samples", noisy_samples, known.state_shape),
             timesteps=[fields.integer(f"timesteps[{i}]", one) for i, one in enumerate(np.atleast_1d(timestep))],
             next_timesteps=[]
             if next_timestep is None
@@ -530,7 +530,7 @@ class Calls:
             run = yield from self.sampling(model, seed=int(end), label=label, steps=steps)
             samples: Samples = yield run
             label = label if samples.labels is None else int(samples.labels[0])
-            if samples.latents is not None:
+            if samples.latents is not None and not known.is_diffusion:  # whose own latent is noise
                 return samples.latents[0], label
             array, given = samples.array, "sample"
         else:

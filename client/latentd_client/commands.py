@@ -275,6 +275,11 @@ def denoise(
     frames = []
     with session.client() as client:
         known = client.model(model)
+        if known.walks_over_latents:
+            decoder = known.proto.latent_space.decoder
+            raise ValueError(
+                f"{known.name} takes its steps among latents of {decoder}, which are no pictures: use sample"
+            )
         labels, total = arguments.labels_and_count(label, known, count)
         loop = client.denoise_loop(
             model,

@@ -31,6 +31,8 @@ class LoopRun:
         self.model = model
         self.asked = request.model  # as the caller wrote it
         self.log = [pb.StreamRequest(id=_ID, open_denoise=request)]
+        if model.walks_over_latents and request.output_mode == pb.OUTPUT_MODE_MEAN:  # nothing is decoded in a loop
+            self.log[0].open_denoise.output_mode = pb.OUTPUT_MODE_LATENT
         self.accepted: Accepted | None = None
         self.timestep: int | None = None
         self.remaining: tuple[int, ...] = ()
@@ -60,7 +62,7 @@ class LoopRun:
         if next_timestep is not None:
             take.next_timestep = fields.integer("take_step.next_timestep", next_timestep)
         if state is not None:
-            take.noisy_samples.CopyFrom(fields.tensor("take_step.noisy_samples", state, self.model.sample_shape))
+            take.noisy_samples.CopyFrom(fields.tensor("take_step.noisy_samples", state, self.model.state_shape))
         fields.check()
         del self.log[max(1, self.answered) :]  # a step that was refused is not part of the loop
         self.log.append(pb.StreamRequest(id=_ID, take_step=take))
