@@ -100,6 +100,9 @@ class Fields:
 
         Samples may come as UINT8, 0..255 meaning the model's value range; latents may not.
         """
+        if not tensor.ByteSize():
+            self.reject(path, "must be set")
+            return None
         try:
             array = codec.decode(tensor, path)
         except codec.TensorError as error:

@@ -177,6 +177,9 @@ def _mask(
 ) -> NDArray[np.bool_] | None:
     """Zeros and ones as [1 or n, *sample] bool; one for all channels is repeated for each."""
     path = "diffusion.known.mask"
+    if not tensor.ByteSize():
+        fields.reject(path, "must be set: it says where samples are known")
+        return None
     try:
         mask = codec.decode(tensor, path)
     except codec.TensorError as error:
