@@ -104,7 +104,7 @@ class Calls:
         steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance: float | None = None,
-        guidance_interval: tuple[int, int] | None = None,
+        guidance_interval: tuple[int | None, int | None] | None = None,
         eta: float | None = None,
         start: ArrayLike | None = None,
         strength: float | None = None,
@@ -135,7 +135,8 @@ class Calls:
             steps: solver steps.
             timesteps: the timesteps to visit instead, falling strictly.
             guidance: scale of classifier-free guidance; 1 is none.
-            guidance_interval: first and last timestep to guide at; elsewhere a step costs half as much. All if None.
+            guidance_interval: first and last timestep to guide at; elsewhere a step costs half as much. None is no end,
+                or no interval.
             eta: fresh noise per step, 0 (none) to 1 (ancestral).
             start: samples to start from instead of pure noise. Shape [n, *sample], or [1, *sample] for all.
             strength: share of the schedule to run from `start`, in (0, 1].
@@ -215,7 +216,7 @@ class Calls:
         steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance: float | None = None,
-        guidance_interval: tuple[int, int] | None = None,
+        guidance_interval: tuple[int | None, int | None] | None = None,
         timeout: float | None = None,
         priority: Priority | None = None,
     ) -> Program[Encoded]:
@@ -231,7 +232,7 @@ class Calls:
             steps: diffusion models: steps of the inversion.
             timesteps: the timesteps to visit instead.
             guidance: scale of classifier-free guidance.
-            guidance_interval: first and last timestep to guide at, both included; all if None.
+            guidance_interval: first and last timestep to guide at, both included; None is no end, or no interval.
             timeout: seconds for the whole call.
             priority: how it shares the device with others.
 
@@ -268,7 +269,7 @@ class Calls:
         steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance: float | None = None,
-        guidance_interval: tuple[int, int] | None = None,
+        guidance_interval: tuple[int | None, int | None] | None = None,
         output: Output = "mean",
         dtype: DTypeLike | None = None,
         timeout: float | None = None,
@@ -285,7 +286,7 @@ class Calls:
             steps: diffusion models: steps from noise to data.
             timesteps: the timesteps to visit instead.
             guidance: scale of classifier-free guidance.
-            guidance_interval: first and last timestep to guide at, both included; all if None.
+            guidance_interval: first and last timestep to guide at, both included; None is no end, or no interval.
             output: the mean of p(sample | latent), or a draw from it.
             dtype: element type to receive; uint8 maps the value range to 0..255.
             timeout: seconds for the whole call.

@@ -122,6 +122,12 @@ def sample(
     eta: EtaOption = None,
     temperature: Annotated[float | None, typer.Option(help="Scale of the prior (not diffusion).")] = None,
     draw: Annotated[bool, typer.Option("--draw", help="Draw from p(sample | latent) instead of its mean.")] = False,
+    start: Annotated[
+        Path | None, typer.Option(help="File of a sample to start from, for image-to-image (diffusion).")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Share of the walk that --start goes through, above 0, up to 1.")
+    ] = None,
     known: Annotated[
         Path | None, typer.Option(help="File of a sample of which part is given, for inpainting; with --mask.")
     ] = None,
@@ -140,7 +146,7 @@ def sample(
         about = client.model(model)
         labels, total = arguments.labels_and_count(label, about, count)
         previews = preview_interval(about, total, steps) if session.terminal.err.is_terminal else 0
-        given = None if known is None else arguments.read_samples([known], about)
+        begun, given = (None if path is None else arguments.read_samples([path], about) for path in (start, known))
         shown = None if mask is None else arguments.read_mask(mask, about)
         progress_by_sample = np.zeros(max(total, 0))
         parts: list[Samples] = []
@@ -157,6 +163,8 @@ def sample(
                 eta=eta,
                 temperature=temperature,
                 output="draw" if draw else "mean",
+                start=begun,
+                strength=strength,
                 known=given,
                 mask=shown,
                 first_index=first,

@@ -142,7 +142,7 @@ class Fields:
         steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance: float | None = None,
-        guidance_interval: tuple[int, int] | None = None,
+        guidance_interval: tuple[int | None, int | None] | None = None,
         eta: float | None = None,
         previews: int = 0,
         start: ArrayLike | None = None,
@@ -169,8 +169,10 @@ class Fields:
             if len(ends) != 2:
                 self.wrong(path, f"must be the first and the last timestep, got {len(ends)} values")
             else:
-                options.guidance_interval.min_timestep = self.integer(f"{path}.min_timestep", ends[0])
-                options.guidance_interval.max_timestep = self.integer(f"{path}.max_timestep", ends[1])
+                options.guidance_interval.SetInParent()
+                for name, end in zip(("min_timestep", "max_timestep"), ends, strict=True):
+                    if end is not None:
+                        setattr(options.guidance_interval, name, self.integer(f"{path}.{name}", end))
         if strength is not None:
             options.start.strength = self.number("diffusion.start.strength", strength)
         if known is not None:
