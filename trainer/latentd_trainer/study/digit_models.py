@@ -27,10 +27,10 @@ from latentd_trainer.study.section import Settings
 MEASURES = ("precision", "recall", "density", "coverage", "sharpness")
 METHOD = (
     "Samples are drawn through the ONNX graphs that are served, labels in the shares of the training data, and "
-    "compared "
-    "with the held-out images in the features of a classifier of digits: precision and density say whether samples lie "
-    "among real images, recall and coverage whether real images lie among samples. Sharpness is the power of the "
-    "samples' Laplacian over that of the held-out images; noise counts as sharp. The first row is real training images."
+    "compared with the held-out images in the features of a classifier of digits: precision and density say whether "
+    "samples lie among real images, recall and coverage whether real images lie among samples. Sharpness is the power "
+    "of the samples' Laplacian over that of the held-out images; noise counts as sharp. The first row is real training "
+    "images."
 )
 _CHECKPOINT_INTERVAL = 500
 _QUICK = {"steps": "3", "batch_size": "8", "width": "8", "hidden": "16"}
