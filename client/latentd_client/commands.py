@@ -240,7 +240,7 @@ def decode(
     arguments.check_outputs(out)
     with session.client() as client:
         known = client.model(model)
-        batch = arguments.read_array(latents, "latents", known.latent_shape)
+        batch = arguments.read_latents(latents, known)
         labels, _ = arguments.labels_and_count(label, known, len(batch))
         decoded = client.decode(
             model,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from latentd_client import Client, Preview
 from latentd_client.resume import part_of
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 sys.path.append(str(Path(__file__).parents[1] / "server"))
 
@@ -90,3 +90,19 @@ def test_latentctl_denoise_says_why_there_are_no_pictures(live: Live, tmp_path: 
     assert result.exit_code == 2
     assert "latents of tiny-vae@1" in result.output
     assert not gif.exists()
+
+
+def test_latentctl_does_not_take_codes_for_noise(live: Live, tmp_path: Path) -> None:
+    """What `sample` wrote is decoded by the model that decodes, what `encode` wrote by the one that walks."""
+    drawn, noise, out = (str(tmp_path / name) for name in ("drawn.npz", "noise.npz", "out.npz"))
+
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["--server", live.serving.addresses["grpc"], *arguments])
+
+    assert run("sample", L, "-n", "2", "-o", drawn).exit_code == 0
+    for refused in (run("decode", L, drawn, "-o", out), run("interpolate", L, drawn, drawn, "--label", "0")):
+        assert refused.exit_code == 2
+        assert "codes for tiny-vae@1" in refused.output
+    assert run("decode", "tiny-vae", drawn, "-o", out).exit_code == 0
+    assert run("encode", L, drawn, "--label", "0", "-o", noise).exit_code == 0
+    assert run("decode", L, noise, "--label", "0", "-o", out).exit_code == 0
