@@ -61,6 +61,7 @@ def study(settings: Settings) -> Section:
         ),
         body="\n\n".join(
             [
+                *digits.taken(),
                 table(
                     ["", *MEASURES],
                     [

@@ -65,6 +65,7 @@ def study(settings: Settings) -> Section:
         ),
         body="\n\n".join(
             [
+                *digits.taken(),
                 table(
                     ["", *MEASURES],
                     [row(name, names[name]) for name in ("real", *(f"{count}-steps" for count in STEP_COUNTS))],
