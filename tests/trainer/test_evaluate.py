@@ -12,7 +12,7 @@ from latentd.digest import bundle_digest
 from latentd.v1 import model_pb2
 from latentd_trainer import bars, classifier, evaluate, parity
 from latentd_trainer import bundle as bundles
-from latentd_trainer.bars import Bar
+from latentd_trainer.bars import Bar, bars_of
 from latentd_trainer.checkpoint import RunRecord
 from latentd_trainer.cli import app
 from latentd_trainer.data import Dataset, Split, load
@@ -395,3 +395,12 @@ def test_a_subset_is_spread_over_all_rows(count: int, size: int) -> None:
     gaps = np.diff([*chosen, count])
     assert chosen[0] == 0
     assert gaps.max() - gaps.min() <= 1
+
+
+def test_a_helmholtz_machine_is_held_to_the_bar_of_its_objective() -> None:
+    """Plain wake-sleep may be a nat worse than the reweighted one, which is the default."""
+    model = model_pb2.Model(family=model_pb2.Model.FAMILY_HELMHOLTZ_MACHINE)
+    found = {"iwae-500": -18.5}
+    assert [bar.missed(found) for bar in bars_of(model, {"objective": "ws"})] == [""]
+    assert [bar.missed(found) for bar in bars_of(model, {"objective": "rws"})] == ["iwae-500 >= -18: is -18.5"]
+    assert bars_of(model, {}) == bars_of(model, {"objective": "rws"})

@@ -101,6 +101,14 @@ LATENT_DIFFUSION = [
 """Of diffusion over a VAE's latents: nearer to real images than that VAE, whose decoder leaves little recall."""
 
 
-def bars_of(model: model_pb2.Model) -> list[Bar]:
-    """The bars of a model of the embedded digits; empty if there are none."""
-    return LATENT_DIFFUSION if model.HasField("latent_space") else BARS.get(model.family, [])
+WAKE_SLEEP = [Bar("iwae-500", -19.0)]
+"""Of a Helmholtz machine whose objective is not the reweighted one."""
+
+
+def bars_of(model: model_pb2.Model, settings: Mapping[str, object]) -> list[Bar]:
+    """The bars of a model of the embedded digits, trained with these settings; empty if there are none."""
+    if model.HasField("latent_space"):
+        return LATENT_DIFFUSION
+    if settings.get("objective") == "ws":
+        return WAKE_SLEEP
+    return BARS.get(model.family, [])

@@ -120,7 +120,7 @@ def run(
             its_figures, _ = _measured(other, dataset, yardstick, real, its_labels, seed, status.update)
             cards.record_comparison(model.card, relation, other.bundle.model, its_figures)
 
-    limits = bars_of(model) if dataset.info.name == DATASET else []
+    limits = bars_of(model, _record(directory).get("settings", {})) if dataset.info.name == DATASET else []
     try:
         if card or out is None:
             bundles.replace_card(directory, model.card)
@@ -147,16 +147,21 @@ def _sampling_graphs(directory: Path, bundle: bundle_pb2.Bundle, threads: int) -
     return graphs
 
 
+def _record(directory: Path) -> dict[str, Any]:
+    """How the bundle was trained; empty for one that was trained elsewhere."""
+    return bundles.read_record(directory) if (directory / bundles.RECORD_FILE).exists() else {}
+
+
 def _relation(directory: Path, other: Path) -> str:
     """What the bundle in `other` is to the one in `directory`.
 
     Raises:
         EvaluationError: the one was tuned from another model than this.
     """
-    recorded = bundles.read_record(directory) if (directory / bundles.RECORD_FILE).exists() else {}
-    if recorded.get("start") is None:
+    started = _record(directory).get("start")
+    if started is None:
         return "compared with"
-    if not start.is_served_by(recorded["start"], other):
+    if not start.is_served_by(started, other):
         raise EvaluationError(f"{directory} was tuned from other weights than those of {other}")
     return cards.TUNED_FROM
 
@@ -352,13 +357,13 @@ def _require_data(directory: Path, model: model_pb2.Model, dataset: Dataset) -> 
         raise EvaluationError(
             f"{model.name} makes samples of shape {list(model.sample_spec.shape)}, {info.name} holds {list(info.shape)}"
         )
-    has_record = (directory / bundles.RECORD_FILE).exists()
-    trained_on = bundles.read_record(directory).get("info", {}).get("sha256") if has_record else None
+    record = _record(directory)
+    trained_on = record.get("info", {}).get("sha256")
     # Trained on these very data, a model with other classes found them by itself.
     if codes.has_own_classes(model, info) and trained_on != info.sha256:
         raise EvaluationError(
             f"{model.name} knows the classes {', '.join(model.class_names)}; "
             f"{info.name} has {', '.join(info.class_names)}"
         )
-    if has_record and trained_on != info.sha256:
+    if record and trained_on != info.sha256:
         raise EvaluationError(f"{model.name} was trained on other data than {info.name}, by their digests")
