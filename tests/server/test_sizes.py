@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from bundles import SHAPE, TIMESTEPS, write_diffusion, write_vae
+from doors import until
 from google.protobuf.json_format import MessageToJson, Parse
 from latentd import tensor
 from latentd.digest import bundle_digest
@@ -165,7 +166,7 @@ def test_a_loop_is_the_network_run_by_hand(size: tuple[int, int], live: Live, ro
         (v,) = session.run(None, feeds)
         angle, next_angle = ((t + 1) / (TIMESTEPS + 1) * np.pi / 2 for t in (timestep, following))
         x0 = np.clip(np.cos(angle) * state - np.sin(angle) * v, -1, 1)
-        eps = (state - np.cos(angle) * x0) / np.sin(angle)
+        eps = np.sin(angle) * state + np.cos(angle) * v
         np.testing.assert_allclose(tensor.decode(answer.loop.step.denoised_samples), x0, atol=1e-5)
         state = tensor.decode(answer.loop.step.next_samples)
         np.testing.assert_allclose(state, np.cos(next_angle) * x0 + np.sin(next_angle) * eps, atol=1e-5)
@@ -257,8 +258,8 @@ def test_unloading_takes_every_size(root: Path) -> None:
 
         running.call(unload())
         assert gathered(call) == before
-        running.settle()
-        assert not [key for key in running.serving.engine._runners if key[0] == f"{NAME}@1"]
+        runners = running.serving.engine._runners
+        running.call(until(lambda: not [key for key in runners if key[0] == f"{NAME}@1"]))
         loaded = running.call(registry.load(NAME))
         assert loaded.state == model_pb2.Model.STATE_ACTIVE
         assert running.sample(asked(WIDE, seed=96)) == before
