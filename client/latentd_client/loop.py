@@ -36,6 +36,8 @@ class LoopRun:
         self.remaining: tuple[int, ...] = ()
         self.answered = 0  # messages of the log that have had an answer, on any stream
         self._step: LoopStep | None = None
+        size = request.size
+        self._item_shape = model.shape_at((size.height, size.width) if request.HasField("size") else None)
 
     @property
     def finished(self) -> bool:
@@ -60,7 +62,7 @@ class LoopRun:
         if next_timestep is not None:
             take.next_timestep = fields.integer("take_step.next_timestep", next_timestep)
         if state is not None:
-            take.noisy_samples.CopyFrom(fields.tensor("take_step.noisy_samples", state, self.model.sample_shape))
+            take.noisy_samples.CopyFrom(fields.tensor("take_step.noisy_samples", state, self._item_shape))
         fields.check()
         del self.log[max(1, self.answered) :]  # a step that was refused is not part of the loop
         self.log.append(pb.StreamRequest(id=_ID, take_step=take))
