@@ -267,6 +267,18 @@ def test_unloading_takes_every_size(root: Path) -> None:
         running.stop()
 
 
+def test_samples_of_other_sizes_check_themselves(root: Path) -> None:
+    """While idle the server makes one again, alone, and finds the same bytes; told under the model of all sizes."""
+    running = Live(root, max_batch_rows=8, self_check_interval=0.001)
+    wanted = f'latentd_self_checks_total{{model="{NAME}@1",result="match"}} '
+    try:
+        running.sample(asked(WIDE))
+        running.call(until(lambda: wanted in running.serving.door.metrics.exposition().decode()))
+        assert 'result="mismatch"' not in running.serving.door.metrics.exposition().decode()
+    finally:
+        running.stop()
+
+
 def test_rows_that_see_each_other_ride_alone_at_every_size(tmp_path: Path) -> None:
     """The certificate of a network that mixes rows holds lanes apart at the other sizes too: bytes stay equal."""
     write_sized(tmp_path, leaky=True)
