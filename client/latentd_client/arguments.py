@@ -1,5 +1,6 @@
 """What the arguments of `latentctl` mean: classes by number or name, arrays and pictures from files."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -70,7 +71,7 @@ def end_of_walk(text: str, model: Model) -> tuple[int | Array, Literal["latent",
         return int(text), None
     path = Path(text)
     if path.suffix in (".npz", ".npy"):
-        return read_array(path, "latents", model.latent_shape)[:1], "latent"
+        return read_latents(path, model)[:1], "latent"
     return read_samples([path], model), "sample"
 
 
@@ -125,6 +126,25 @@ def read_mask(path: Path, model: Model, size: tuple[int, int] | None = None) -> 
         extents = ", ".join(map(str, shape[1:]))
         channels = " or ".join(dict.fromkeys(("1", str(shape[0]))))
         raise ValueError(f"{path}: mask must have shape [{channels}, {extents}], has {list(array.shape)}")
+    return array
+
+
+def read_latents(path: Path, model: Model) -> Array:
+    """What Decode of this model takes, from an `.npz` (array `latents`) or `.npy` file. Shape [n, *latent].
+
+    Raises:
+        ValueError: the file holds no such array, or one that its samples were decoded from by another model.
+        OSError: the file cannot be read.
+    """
+    array = read_array(path, "latents", model.latent_shape)
+    if model.walks_over_latents and path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as held:
+            facts = json.loads(str(held["facts"])) if "facts" in held.files else {}
+        if "request" in facts:  # samples were drawn, and these are the codes that they were decoded from
+            decoder = model.proto.latent_space.decoder
+            raise ValueError(
+                f"{path}: holds codes for {decoder} to decode; {model.name} decodes noise, as encode gives it"
+            )
     return array
 
 

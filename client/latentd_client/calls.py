@@ -104,7 +104,7 @@ class Calls:
         steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance: float | None = None,
-        guidance_interval: tuple[int, int] | None = None,
+        guidance_interval: tuple[int | None, int | None] | None = None,
         eta: float | None = None,
         start: ArrayLike | None = None,
         strength: float | None = None,
@@ -136,7 +136,8 @@ class Calls:
             steps: solver steps.
             timesteps: the timesteps to visit instead, falling strictly.
             guidance: scale of classifier-free guidance; 1 is none.
-            guidance_interval: first and last timestep to guide at; elsewhere a step costs half as much. All if None.
+            guidance_interval: first and last timestep to guide at; elsewhere a step costs half as much. None is no end,
+                or no interval.
             eta: fresh noise per step, 0 (none) to 1 (ancestral).
             start: samples to start from instead of pure noise. Shape [n, *sample], or [1, *sample] for all.
             strength: share of the schedule to run from `start`, in (0, 1].
@@ -218,7 +219,7 @@ class Calls:
         steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance: float | None = None,
-        guidance_interval: tuple[int, int] | None = None,
+        guidance_interval: tuple[int | None, int | None] | None = None,
         timeout: float | None = None,
         priority: Priority | None = None,
     ) -> Program[Encoded]:
@@ -234,7 +235,7 @@ class Calls:
             steps: diffusion models: steps of the inversion.
             timesteps: the timesteps to visit instead.
             guidance: scale of classifier-free guidance.
-            guidance_interval: first and last timestep to guide at, both included; all if None.
+            guidance_interval: first and last timestep to guide at, both included; None is no end, or no interval.
             timeout: seconds for the whole call.
             priority: how it shares the device with others.
 
@@ -271,7 +272,7 @@ class Calls:
         steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance: float | None = None,
-        guidance_interval: tuple[int, int] | None = None,
+        guidance_interval: tuple[int | None, int | None] | None = None,
         output: Output = "mean",
         dtype: DTypeLike | None = None,
         timeout: float | None = None,
@@ -288,7 +289,7 @@ class Calls:
             steps: diffusion models: steps from noise to data.
             timesteps: the timesteps to visit instead.
             guidance: scale of classifier-free guidance.
-            guidance_interval: first and last timestep to guide at, both included; all if None.
+            guidance_interval: first and last timestep to guide at, both included; None is no end, or no interval.
             output: the mean of p(sample | latent), or a draw from it.
             dtype: element type to receive; uint8 maps the value range to 0..255.
             timeout: seconds for the whole call.
@@ -337,7 +338,7 @@ class Calls:
 
         Args:
             model: which model; a diffusion model.
-            noisy_samples: x_t, shape [n, *sample].
+            noisy_samples: x_t, shape [n, *sample]; [n, *latent] where latents are walked over.
             timestep: t, for all rows or for each.
             next_timestep: where to step to, -1 meaning clean data; None for no step.
             label: what to condition on.
@@ -357,7 +358,7 @@ class Calls:
         fields = Fields()
         request = pb.DenoiseStepRequest(
             model=model,
-            noisy_samples=fields.tensor("noisy_samples", noisy_samples, known.sample_shape),
+            noisy_samples=fields.tensor("noisy_samples", noisy_samples, known.state_shape),
             timesteps=[fields.integer(f"timesteps[{i}]", one) for i, one in enumerate(np.atleast_1d(timestep))],
             next_timesteps=[]
             if next_timestep is None
@@ -533,7 +534,7 @@ class Calls:
             run = yield from self.sampling(model, seed=int(end), label=label, steps=steps)
             samples: Samples = yield run
             label = label if samples.labels is None else int(samples.labels[0])
-            if samples.latents is not None:
+            if samples.latents is not None and not known.is_diffusion:  # whose own latent is noise
                 return samples.latents[0], label
             array, given = samples.array, "sample"
         else:

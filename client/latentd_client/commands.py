@@ -126,6 +126,12 @@ def sample(
     size: SizeOption = None,
     temperature: Annotated[float | None, typer.Option(help="Scale of the prior (not diffusion).")] = None,
     draw: Annotated[bool, typer.Option("--draw", help="Draw from p(sample | latent) instead of its mean.")] = False,
+    start: Annotated[
+        Path | None, typer.Option(help="File of a sample to start from, for image-to-image (diffusion).")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Share of the walk that --start goes through, above 0, up to 1.")
+    ] = None,
     known: Annotated[
         Path | None, typer.Option(help="File of a sample of which part is given, for inpainting; with --mask.")
     ] = None,
@@ -145,7 +151,9 @@ def sample(
         about = client.model(model)
         labels, total = arguments.labels_and_count(label, about, count)
         previews = preview_interval(about, total, steps, extents) if session.terminal.err.is_terminal else 0
-        given = None if known is None else arguments.read_samples([known], about, extents)
+        begun, given = (
+            None if path is None else arguments.read_samples([path], about, extents) for path in (start, known)
+        )
         shown = None if mask is None else arguments.read_mask(mask, about, extents)
         progress_by_sample = np.zeros(max(total, 0))
         parts: list[Samples] = []
@@ -162,6 +170,8 @@ def sample(
                 eta=eta,
                 temperature=temperature,
                 output="draw" if draw else "mean",
+                start=begun,
+                strength=strength,
                 known=given,
                 mask=shown,
                 size=extents,
@@ -238,7 +248,7 @@ def decode(
     arguments.check_outputs(out)
     with session.client() as client:
         known = client.model(model)
-        batch = arguments.read_array(latents, "latents", known.latent_shape)
+        batch = arguments.read_latents(latents, known)
         labels, _ = arguments.labels_and_count(label, known, len(batch))
         decoded = client.decode(
             model,
@@ -282,6 +292,11 @@ def denoise(
     frames = []
     with session.client() as client:
         known = client.model(model)
+        if known.walks_over_latents:
+            decoder = known.proto.latent_space.decoder
+            raise ValueError(
+                f"{known.name} takes its steps among latents of {decoder}, which are no pictures: use sample"
+            )
         labels, total = arguments.labels_and_count(label, known, count)
         loop = client.denoise_loop(
             model,

@@ -31,18 +31,26 @@ class LoopRun:
         self.model = model
         self.asked = request.model  # as the caller wrote it
         self.log = [pb.StreamRequest(id=_ID, open_denoise=request)]
+        if model.walks_over_latents and request.output_mode == pb.OUTPUT_MODE_MEAN:  # nothing is decoded in a loop
+            self.log[0].open_denoise.output_mode = pb.OUTPUT_MODE_LATENT
         self.accepted: Accepted | None = None
         self.timestep: int | None = None
         self.remaining: tuple[int, ...] = ()
         self.answered = 0  # messages of the log that have had an answer, on any stream
         self._step: LoopStep | None = None
-        size = request.size
-        self._item_shape = model.shape_at((size.height, size.width) if request.HasField("size") else None)
 
     @property
     def finished(self) -> bool:
         """Whether the loop has reached clean data."""
         return self.timestep == -1
+
+    @property
+    def _item_shape(self) -> tuple[int, ...]:
+        """Of one sample's state."""
+        opened = self.log[0].open_denoise
+        if not opened.HasField("size") or self.model.walks_over_latents:
+            return self.model.state_shape
+        return self.model.shape_at((opened.size.height, opened.size.width))
 
     def take_step(self, next_timestep: int | None = None, state: ArrayLike | None = None) -> None:
         """Add a step to the log.

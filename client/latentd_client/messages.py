@@ -154,7 +154,7 @@ class Fields:
         steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance: float | None = None,
-        guidance_interval: tuple[int, int] | None = None,
+        guidance_interval: tuple[int | None, int | None] | None = None,
         eta: float | None = None,
         previews: int = 0,
         start: ArrayLike | None = None,
@@ -181,8 +181,10 @@ class Fields:
             if len(ends) != 2:
                 self.wrong(path, f"must be the first and the last timestep, got {len(ends)} values")
             else:
-                options.guidance_interval.min_timestep = self.integer(f"{path}.min_timestep", ends[0])
-                options.guidance_interval.max_timestep = self.integer(f"{path}.max_timestep", ends[1])
+                options.guidance_interval.SetInParent()
+                for name, end in zip(("min_timestep", "max_timestep"), ends, strict=True):
+                    if end is not None:
+                        setattr(options.guidance_interval, name, self.integer(f"{path}.{name}", end))
         if strength is not None:
             options.start.strength = self.number("diffusion.start.strength", strength)
         if known is not None:
@@ -231,9 +233,16 @@ def read_stats(stats: pb.ExecutionStats) -> Stats:
     )
 
 
-def value_range(array: Array, model: Model) -> tuple[float, float]:
+def value_range(array: Array, model: Model, output: pb.OutputMode.ValueType) -> tuple[float, float]:
     """The range of received samples: bytes span 0..255, everything else the model's own range."""
+    if output == pb.OUTPUT_MODE_LATENT:
+        return model.state_range
     return (0.0, 255.0) if array.dtype == np.uint8 else model.value_range
+
+
+def state_range(array: Array, model: Model) -> tuple[float, float]:
+    """The range of received estimates of x0; as that of samples, where these are not latents."""
+    return (0.0, 255.0) if array.dtype == np.uint8 else model.state_range
 
 
 def read_encoded(response: pb.EncodeResponse, seed: int | None) -> Encoded:
@@ -264,7 +273,7 @@ def read_decoded(response: pb.DecodeResponse, request: pb.DecodeRequest, model: 
     array = read_array(response.samples, "samples")
     return Decoded(
         array=array,
-        value_range=value_range(array, model),
+        value_range=value_range(array, model, request.output_mode),
         latents=tensor.decode(request.latents),
         seed=request.seed if request.HasField("seed") else None,
         stats=read_stats(response.stats),
@@ -276,7 +285,7 @@ def read_step(response: pb.DenoiseStepResponse, model: Model) -> Step:
     array = read_array(response.denoised_samples, "denoised_samples")
     return Step(
         array=array,
-        value_range=value_range(array, model),
+        value_range=state_range(array, model),
         noise=read_optional(response, "noise_estimates"),
         state=read_optional(response, "next_samples"),
         stats=read_stats(response.stats),
@@ -288,7 +297,7 @@ def read_loop_step(state: pb.LoopState, model: Model) -> LoopStep:
     array = read_array(state.step.denoised_samples, "step.denoised_samples")
     return LoopStep(
         array=array,
-        value_range=value_range(array, model),
+        value_range=state_range(array, model),
         noise=read_optional(state.step, "noise_estimates"),
         state=read_array(state.step.next_samples, "step.next_samples"),
         timestep=state.timestep,

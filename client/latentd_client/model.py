@@ -65,6 +65,22 @@ class Model:
         """Smallest and largest value of a sample."""
         return self.proto.sample_spec.min_value, self.proto.sample_spec.max_value
 
+    @property
+    def walks_over_latents(self) -> bool:
+        """Whether it is a diffusion model whose samples another model decodes from what it walks over."""
+        return self.proto.HasField("latent_space")
+
+    @cached_property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of what a diffusion model walks over, without the batch axis: latents, or samples."""
+        return (self.latent_shape or ()) if self.walks_over_latents else self.sample_shape
+
+    @property
+    def state_range(self) -> tuple[float, float]:
+        """Smallest and largest value of that where it is clean; both 0 where no range is declared."""
+        spec = self.proto.latent_spec if self.walks_over_latents else self.proto.sample_spec
+        return spec.min_value, spec.max_value
+
     @cached_property
     def class_names(self) -> tuple[str, ...]:
         """Display names of the classes; labels index it. Empty for a model without classes."""

@@ -139,7 +139,7 @@ class Samples(ImageBatch):
 
     indices: NDArray[np.int64] = field(repr=False)  # [n]; which samples of the request these are
     labels: NDArray[np.int64] | None  # [n]; None for a model without classes
-    latents: Array | None = field(repr=False)  # [n, *latent]; None for a diffusion model
+    latents: Array | None = field(repr=False)  # [n, *latent]; what they were decoded from, if anything
     seed: int
     model: str  # canonical, NAME@VERSION
     determinism_class: str

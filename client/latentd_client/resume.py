@@ -126,7 +126,7 @@ class SampleRun:
         return [
             Preview(
                 array=estimates,
-                value_range=messages.value_range(estimates, self.model),
+                value_range=messages.state_range(estimates, self.model),
                 indices=indices[fresh],
                 completed_steps=message.completed_step_count,
                 total_steps=message.total_step_count,
@@ -154,7 +154,7 @@ class SampleRun:
         return [
             Samples(
                 array=array,
-                value_range=messages.value_range(array, self.model),
+                value_range=messages.value_range(array, self.model, self.request.output_mode),
                 indices=indices[fresh],
                 labels=None if labels is None else _rows(labels, fresh),
                 latents=None if latents is None else _rows(latents, fresh),

@@ -22,6 +22,11 @@ MAX_SCORE_BYTES = 256 * 2**20
 MAX_TEMPERATURE = 1000.0
 
 _WHY_NOT = "this is no diffusion model"
+_MODES = (
+    generation_service_pb2.OUTPUT_MODE_UNSPECIFIED,
+    generation_service_pb2.OUTPUT_MODE_MEAN,
+    generation_service_pb2.OUTPUT_MODE_DRAW,
+)
 
 Feeds = Mapping["bundle_pb2.NetworkInput.Source.ValueType", "Array | Noise | Repeated | None"]
 
@@ -37,8 +42,9 @@ def sample(fields: Fields, request: generation_service_pb2.SampleRequest, head: 
     graph = model.graphs[Role.ROLE_DECODER]
     labels = fields.labels(request.condition, count, model, graph)
     codes = fields.codes(request.condition, count, graph)
-    output = _output(fields, request.output_mode, graph)
+    check_output_mode(fields, request.output_mode, graph)
     fields.check()
+    output = _output(request.output_mode, graph)
     labels = _drawn_unless_given(labels, model, graph, head.seed, head.indices)
     latent = graph.input(Source.SOURCE_LATENT)
     values: Feeds = {
@@ -112,11 +118,11 @@ def decode(
     count = None if latents is None else len(latents)
     labels = fields.labels(request.condition, count, model, graph)
     codes = fields.codes(request.condition, count, graph)
-    output = _output(fields, request.output_mode, graph)
-    if request.output_mode == generation_service_pb2.OUTPUT_MODE_DRAW and not request.HasField("seed"):
-        fields.reject("seed", "must be set for OUTPUT_MODE_DRAW")
+    check_output_mode(fields, request.output_mode, graph)
+    check_seed(fields, request)
     fields.check()
     assert latents is not None
+    output = _output(request.output_mode, graph)
     indices = np.arange(len(latents), dtype=np.int64)
     values: Feeds = {
         Source.SOURCE_LATENT: latents,
@@ -175,7 +181,6 @@ def score(
 
 
 def decoding_stage(
-    fields: Fields,
     mode: generation_service_pb2.OutputMode.ValueType,
     labels: NDArray[np.int64],
     seed: int,
@@ -184,7 +189,7 @@ def decoding_stage(
 ) -> tuple[CallJob, str, str]:
     """What decodes latents that there are not yet: the job without them, and the names of samples and latents."""
     graph = model.graphs[Role.ROLE_DECODER]
-    output = _output(fields, mode, graph)
+    output = _output(mode, graph)
     latent = graph.input(Source.SOURCE_LATENT)
     assert latent is not None
     values: Feeds = {Source.SOURCE_LATENT: np.empty(0, np.float32), Source.SOURCE_CLASS_LABEL: labels}
@@ -211,15 +216,30 @@ class _Output:
     noise: Purpose | None
 
 
-def _output(fields: Fields, mode: generation_service_pb2.OutputMode.ValueType, graph: Graph) -> _Output:
+def check_output_mode(
+    fields: Fields, mode: generation_service_pb2.OutputMode.ValueType, graph: Graph, *, undecoded: bool = False
+) -> None:
+    """Whether a decoder answers so; `undecoded` says that LATENT is another choice."""
+    drawn = Meaning.MEANING_SAMPLE_DRAW in graph.outputs
+    if mode == generation_service_pb2.OUTPUT_MODE_DRAW and not drawn:
+        choices = "unset, MEAN or LATENT" if undecoded else "unset or MEAN"
+        fields.reject("output_mode", f"must be {choices}: this decoder is a function, with nothing to draw")
+    elif mode not in _MODES:
+        choices = "MEAN, DRAW or LATENT" if undecoded else "MEAN or DRAW"
+        fields.reject("output_mode", f"must be unset, {choices}; got {mode}")
+
+
+def check_seed(fields: Fields, request: generation_service_pb2.DecodeRequest) -> None:
+    """A draw wants a seed."""
+    if request.output_mode == generation_service_pb2.OUTPUT_MODE_DRAW and not request.HasField("seed"):
+        fields.reject("seed", "must be set for OUTPUT_MODE_DRAW")
+
+
+def _output(mode: generation_service_pb2.OutputMode.ValueType, graph: Graph) -> _Output:
     draw = graph.outputs.get(Meaning.MEANING_SAMPLE_DRAW)
     mean = graph.outputs[Meaning.MEANING_SAMPLE]
     if mode == generation_service_pb2.OUTPUT_MODE_DRAW:
-        if draw is None:
-            fields.reject("output_mode", "must be unset or MEAN: this decoder is a function, with nothing to draw")
         return _Output(draw or mean, Purpose.OUTPUT)
-    if mode not in (generation_service_pb2.OUTPUT_MODE_UNSPECIFIED, generation_service_pb2.OUTPUT_MODE_MEAN):
-        fields.reject("output_mode", f"must be unset, MEAN or DRAW; got {mode}")
     # Beside a draw the mean does not depend on the noise; alone it may (bundle.proto, MEANING_SAMPLE_DRAW).
     return _Output(mean, None if draw else Purpose.OUTPUT)
 

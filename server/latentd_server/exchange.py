@@ -251,7 +251,7 @@ class SingleExchange(Exchange):
         understand, self._answer = _ONE_ANSWER[self.account.method]
         plan = understand(request, self._admissible(request), self._door.limits)
         if isinstance(plan, Diffusing):
-            self._door.aside.check_room(plan.samples.nbytes)
+            self._door.aside.check_room(self._peer.caller, plan.samples.nbytes)
             self.account.seed, self.account.samples = plan.seed, len(plan.samples)
             self._send(partial(respond.diffused, plan), plan.samples.nbytes, drawn=plan.samples.nbytes)
             return
@@ -286,7 +286,7 @@ class SingleExchange(Exchange):
             if not self._over:
                 fill(response)
 
-        self._door.aside.do(drawn, work, filled)
+        self._door.aside.do(self._peer.caller, drawn, work, filled)
 
 
 class SampleExchange(Exchange):

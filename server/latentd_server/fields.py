@@ -109,6 +109,9 @@ class Fields:
         Samples may come as UINT8, 0..255 meaning the model's value range; latents may not. `or_of` are heights and
         widths that would have done as well, for the refusal.
         """
+        if not tensor.ByteSize():
+            self.reject(path, "must be set")
+            return None
         try:
             array = codec.decode(tensor, path)
         except codec.TensorError as error:

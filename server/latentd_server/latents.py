@@ -35,12 +35,16 @@ def form(fields: Fields, asked: OutputForm, model: Wiring, *, of_results: bool) 
     return replace(asked, low=model.state.low, high=model.state.high)
 
 
-def decoded(
-    fields: Fields, job: StepJob, mode: OutputMode.ValueType, model: Wiring, seed: int
-) -> tuple[StepJob, str, str]:
+def check_mode(fields: Fields, mode: OutputMode.ValueType, model: Wiring) -> None:
+    """Whether samples can be asked for so: undecoded, or as the decoder answers."""
+    if not is_latent(mode):
+        calls.check_output_mode(fields, mode, _decoder(model).graphs[Role.ROLE_DECODER], undecoded=True)
+
+
+def decoded(job: StepJob, mode: OutputMode.ValueType, model: Wiring, seed: int) -> tuple[StepJob, str, str]:
     """A walk whose lanes are decoded when they are done; what the samples and the latents are called then."""
     decoder = _decoder(model)
-    last, samples, latents = calls.decoding_stage(fields, mode, job.labels, seed, job.sample_indices, decoder)
+    last, samples, latents = calls.decoding_stage(mode, job.labels, seed, job.sample_indices, decoder)
     return replace(job, then=Handover(last, "sample", latents, *_scale_and_shift(model))), samples, latents
 
 

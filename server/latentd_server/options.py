@@ -72,16 +72,16 @@ def read_walk(
     """Check `diffusion` and fill in its defaults; None if anything in it is wrong."""
     found = len(fields.violations)
     sampler = options.sampler or default_sampler
-    if sampler not in allowed_samplers:
+    is_known = sampler in allowed_samplers
+    if not is_known:
         got = quoted(sampler)
         allowed = ", ".join(dict.fromkeys(allowed_samplers))
         fields.reject("diffusion.sampler", f"must be one of {allowed}; got {got}")
-        return None
     walk = Walk(
         sampler=sampler,
         timesteps=_timesteps(fields, options, model, limits),
         explicit=bool(options.timesteps),
-        eta=_eta(fields, options, sampler),
+        eta=_eta(fields, options, sampler) if is_known else None,
         guidance_scale=read_guidance(fields, options, "diffusion.guidance_scale", model),
         guidance_interval=_guidance_interval(fields, options, model),
         preview_interval=options.preview_interval_steps,
@@ -177,6 +177,9 @@ def _mask(
 ) -> NDArray[np.bool_] | None:
     """Zeros and ones as [1 or n, *sample] bool; one for all channels is repeated for each."""
     path = "diffusion.known.mask"
+    if not tensor.ByteSize():
+        fields.reject(path, "must be set: it says where samples are known")
+        return None
     try:
         mask = codec.decode(tensor, path)
     except codec.TensorError as error:

@@ -6,8 +6,8 @@ import numpy as np
 from latentd.v1 import bundle_pb2, generation_service_pb2
 from numpy.typing import NDArray
 
+from latentd_server import calls, noise, samplers
 from latentd_server import latents as spaces
-from latentd_server import noise, samplers
 from latentd_server.fields import MAX_INT32, Fields, has_label
 from latentd_server.job import Job, Start, StepJob, stages
 from latentd_server.known_pixels import Known, levels
@@ -35,6 +35,11 @@ def sample(
     graph = _denoiser(model)
     labels = fields.labels(request.condition, count, model, graph)
     fields.codes(request.condition, count, graph)
+    latent = spaces.is_latent(request.output_mode)
+    form, preview_form = head.form, None
+    if model.decoder is not None:
+        preview_form = spaces.form(fields, head.form, model, of_results=latent)
+        form = preview_form if latent else form
     walk = read_walk(fields, request.diffusion, model, limits, count, model.samplers[0], model.samplers)
     if walk is None:
         raise fields.error()
@@ -63,13 +68,9 @@ def sample(
     )
     whole: Job = job
     samples, latents = "sample", None
-    form, preview_form = head.form, None
     if model.decoder is not None:
-        preview_form = spaces.form(fields, head.form, model, of_results=spaces.is_latent(request.output_mode))
-        if spaces.is_latent(request.output_mode):
-            form = preview_form
-        else:
-            job, samples, latents = spaces.decoded(fields, job, request.output_mode, model, head.seed)
+        if not latent:
+            job, samples, latents = spaces.decoded(job, request.output_mode, model, head.seed)
             whole = job
         if walk.start is not None:
             whole = spaces.encoded(fields, job, walk.start, model, "diffusion.start.samples")
@@ -159,6 +160,10 @@ def decode(
     """From given x_t at the first timestep down to data; DDIM without fresh noise unless asked otherwise."""
     _check_mode(fields, request.output_mode, model)
     _check_not_sampling(fields, request.diffusion)
+    latent = spaces.is_latent(request.output_mode)
+    if model.decoder is not None:
+        calls.check_seed(fields, request)
+        form = spaces.form(fields, form, model, of_results=True) if latent else form
     graph = _denoiser(model)
     count = None if latents is None else len(latents)
     labels = fields.labels(request.condition, count, model, graph)
@@ -185,10 +190,8 @@ def decode(
     if job.tables[0].stochastic.any() and not request.HasField("seed"):
         fields.reject("seed", f"must be set: {walk.sampler} draws fresh noise at every step")
     name = "sample"
-    if spaces.is_latent(request.output_mode) and model.decoder is not None:
-        form = spaces.form(fields, form, model, of_results=True)
-    elif model.decoder is not None:
-        job, name, _ = spaces.decoded(fields, job, request.output_mode, model, request.seed)
+    if model.decoder is not None and not latent:
+        job, name, _ = spaces.decoded(job, request.output_mode, model, request.seed)
     _check_cost(fields, job, limits, "diffusion.step_count")
     fields.check()
     return Decoding(job, form, samples=name)
@@ -293,7 +296,9 @@ def _check_downward(fields: Fields, currents: Sequence[int], followings: Sequenc
 
 
 def _check_mode(fields: Fields, mode: generation_service_pb2.OutputMode.ValueType, model: Wiring) -> None:
-    if model.decoder is None and mode not in (
+    if model.decoder is not None:
+        spaces.check_mode(fields, mode, model)
+    elif mode not in (
         generation_service_pb2.OUTPUT_MODE_UNSPECIFIED,
         generation_service_pb2.OUTPUT_MODE_MEAN,
     ):

@@ -1,4 +1,4 @@
-"""Inpainting through the library and `latentctl`: what is sent, cut and put back."""
+"""Inpainting, image-to-image and guidance intervals through the library and `latentctl`: what is sent and put back."""
 
 from pathlib import Path
 from typing import Any
@@ -79,3 +79,25 @@ def test_latentctl_reads_known_pixels_and_mask(
     assert refused.exit_code != 0
     assert "mask must have shape [1, 4, 4]" in refused.stderr
     assert len(server.requests("Sample")) == 2
+
+
+def test_latentctl_starts_from_a_picture(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image-to-image: the file is the start of every sample, and the strength is sent as it was given."""
+    monkeypatch.setenv("LATENTD_SERVER", server.target)
+    path, out = tmp_path / "start.npy", tmp_path / "out.png"
+    np.save(path, IMAGES[0])
+    arguments = ["sample", "toy-diffusion", "-n", "2", "--start", str(path), "--strength", "0.25", "-o", str(out)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    start = server.requests("Sample")[0].diffusion.start
+    np.testing.assert_array_equal(tensor.decode(start.samples), IMAGES[:1])
+    assert start.strength == 0.25
+
+
+@pytest.mark.parametrize("interval", [(None, 7), (2, None), (None, None)])
+def test_an_interval_may_be_open(client: Any, server: FakeServer, interval: tuple[int | None, int | None]) -> None:
+    """An end that is None is not sent: it is the model's own."""
+    client.sample("toy-diffusion", guidance=2, guidance_interval=interval)
+    sent_options = server.requests("Sample")[0].diffusion
+    assert sent_options.HasField("guidance_interval")
+    low, high = interval
+    assert sent_options.guidance_interval == pb.GuidanceInterval(min_timestep=low, max_timestep=high)

@@ -12,7 +12,7 @@ from latentd.names import SAMPLERS
 from latentd.v1 import generation_service_pb2 as pb
 from latentd.v1 import tensor_pb2
 
-D, V, G = "tiny-diffusion", "tiny-vae", "tiny-gan"
+D, V, G, L = "tiny-diffusion", "tiny-vae", "tiny-gan", "tiny-latents"
 METHODS = {"encode": "Encode", "decode": "Decode", "denoise_step": "DenoiseStep", "score": "Score"}
 
 
@@ -45,13 +45,25 @@ _timesteps = st.lists(st.integers(0, TIMESTEPS - 1), min_size=1, max_size=8, uni
 _DATA_TYPES = (0, tensor_pb2.DATA_TYPE_FLOAT32, tensor_pb2.DATA_TYPE_UINT8)
 
 
+_knowns = st.none() | st.builds(
+    lambda seed, mask: pb.KnownPixels(
+        samples=_array(seed, 1, *SHAPE),
+        mask=tensor.encode(np.random.default_rng(mask).integers(0, 2, (1, *SHAPE), "u1")),
+    ),
+    _seeds,
+    _seeds,
+)
+
+
 @st.composite
 def _walks(draw: st.DrawFn, *, previews: bool) -> pb.SampleRequest:
+    """Of images, and of latents that are decoded; without previews what a loop may walk, which has no ends to it."""
+    model = draw(st.sampled_from([D, D, L]))
     options = pb.DiffusionOptions(sampler=draw(st.sampled_from(SAMPLERS)), guidance_scale=draw(_guidance))
     if options.HasField("guidance_scale") and draw(st.booleans()):
         options.guidance_interval.min_timestep = draw(st.sampled_from([0, 20]))
         options.guidance_interval.max_timestep = draw(st.sampled_from([40, 75]))
-    if start := draw(_starts):
+    if (model == D or previews) and (start := draw(_starts)):
         options.start.CopyFrom(start)
         options.step_count = draw(st.integers(4, 10))
     elif draw(st.booleans()):
@@ -62,13 +74,18 @@ def _walks(draw: st.DrawFn, *, previews: bool) -> pb.SampleRequest:
         options.eta = 0.5
     if previews:
         options.preview_interval_steps = draw(st.integers(0, 3))
+        if model == D and (known := draw(_knowns)):
+            options.known.CopyFrom(known)
+    mode = draw(st.sampled_from([0, pb.OUTPUT_MODE_DRAW, pb.OUTPUT_MODE_LATENT])) if previews and model == L else 0
+    latent = model == L and (mode == pb.OUTPUT_MODE_LATENT or not previews)
     return pb.SampleRequest(
-        model=D,
+        model=model,
         seed=draw(_seeds),
         sample_count=draw(_counts),
         first_sample_index=draw(st.integers(0, 2)),
         condition=draw(_conditions),
-        output_data_type=draw(st.sampled_from(_DATA_TYPES)) if previews else 0,
+        output_data_type=draw(st.sampled_from(_DATA_TYPES)) if previews and not latent else 0,
+        output_mode=mode,
         diffusion=options,
     )
 
@@ -87,10 +104,10 @@ _encodes = st.builds(
         model=model,
         samples=_array(seed, count, *SHAPE),
         seed=seed if model == V else None,
-        condition=condition if model == D else None,
-        diffusion=pb.DiffusionOptions(step_count=steps) if model == D else None,
+        condition=condition if model != V else None,
+        diffusion=pb.DiffusionOptions(step_count=steps) if model != V else None,
     ),
-    st.sampled_from([V, D]),
+    st.sampled_from([V, D, L]),
     _seeds,
     _counts,
     st.integers(1, 8),
@@ -102,9 +119,9 @@ _decodes = st.builds(
         latents=_array(seed, count, *(SHAPE if model == D else (LATENT,))),
         seed=seed if model == V else None,
         condition=pb.Condition(class_label=label),
-        diffusion=pb.DiffusionOptions(step_count=steps) if model == D else None,
+        diffusion=pb.DiffusionOptions(step_count=steps) if model in (D, L) else None,
     ),
-    st.sampled_from([V, G, D]),
+    st.sampled_from([V, G, D, L]),
     _seeds,
     _counts,
     st.integers(1, 8),

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class Held:
     def __init__(self, aside: Aside, size: int = SMALL_BYTES + 1) -> None:
         self._go = threading.Event()
         self.failures: list[Exception | None] = []
-        aside.do(size, lambda: self._go.wait(10), self.failures.append)
+        aside.do("holder", size, lambda: self._go.wait(10), self.failures.append)
 
     def let_go(self) -> None:
         self._go.set()
@@ -141,22 +142,36 @@ async def test_a_drain_waits_for_what_is_being_drawn(served: Front) -> None:
 
 
 async def test_what_waits_is_bounded(served: Front) -> None:
-    """Alone, any size has room; beside others, what is beyond the bound is told when there will be room for it."""
+    """Who has nothing there has room for anything; others are told, beyond the bound, when there will be room."""
     now = iter([0.0, 2.0])
     aside = Aside(10 * SMALL_BYTES, lambda: next(now))
-    aside.check_room(99 * SMALL_BYTES)
+    aside.check_room("holder", 99 * SMALL_BYTES)
     first = Held(aside, 8 * SMALL_BYTES)
-    aside.check_room(2 * SMALL_BYTES)
-    aside.check_room(SMALL_BYTES)  # drawn at once, wherever the others stand
+    aside.check_room("holder", 2 * SMALL_BYTES)
+    aside.check_room("holder", SMALL_BYTES)  # drawn at once, wherever the others stand
     with pytest.raises(OverloadedError) as refused:
-        aside.check_room(4 * SMALL_BYTES)
+        aside.check_room("holder", 4 * SMALL_BYTES)
     assert refused.value.retry_after_s == 1.0
+    aside.check_room("another", 4 * SMALL_BYTES)
     first.let_go()
     await aside.idle()
     assert first.failures == [None]
     second = Held(aside, 8 * SMALL_BYTES)
     with pytest.raises(OverloadedError) as refused:
-        aside.check_room(6 * SMALL_BYTES)
+        aside.check_room("holder", 6 * SMALL_BYTES)
     assert refused.value.retry_after_s == pytest.approx(1.0)  # four too many, of which it took two seconds for eight
     second.let_go()
     await aside.idle()
+
+
+async def test_callers_take_turns() -> None:
+    """Who comes behind a caller with much waits for what has been begun, and not for all of it."""
+    aside, order = Aside(), list[str]()
+    first = Held(aside)
+    for caller, count in (("a", 6), ("b", 2), ("c", 1)):
+        for number in range(count):
+            aside.do(caller, SMALL_BYTES + 1, partial(order.append, f"{caller}{number}"), first.failures.append)
+    first.let_go()
+    await aside.idle()
+    assert order == ["a0", "a1", "b0", "c0", "a2", "b1", "a3", "a4", "a5"]  # a0 had been begun
+    assert first.failures == [None] * 10

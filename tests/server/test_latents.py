@@ -213,6 +213,20 @@ def test_what_latents_cannot_be_asked_is_refused(live: Live) -> None:
         assert path in answer.error.message
 
 
+def test_everything_wrong_is_told_at_once(live: Live) -> None:
+    """What is wrong with the decode is told beside what is wrong with the walk; a draw wants a seed here too."""
+    steps = pb.DiffusionOptions(step_count=-1)
+    pixels = request(output_mode=LATENT, output_data_type=3, diffusion=steps)
+    asked = [(live.stub.Sample, pixels, "output_data_type"), (live.stub.Sample, request(output_mode=7), "output_mode")]
+    asked[1][1].diffusion.CopyFrom(steps)
+    noises = tensor.encode(np.zeros((1, 3), np.float32))
+    draw = pb.DecodeRequest(model=L, latents=noises, output_mode=DRAW, diffusion=steps)
+    for call, wrong, path in (*asked, (live.stub.Decode, draw, "seed")):
+        told = violations(live, call, wrong)
+        assert path in told
+        assert "diffusion.step_count" in told
+
+
 @pytest.mark.parametrize("way", ["cancel", "deadline"])
 @pytest.mark.parametrize("place", [0, REPLYING])
 def test_who_leaves_while_its_samples_are_decoded_leaves_nothing(

@@ -107,7 +107,7 @@ CASES = [
     ("sample", D, diffusion(timesteps=[9, 3], step_count=5), "diffusion.step_count", "0 or 2, the number of timesteps"),
     ("sample", D, diffusion(start=pb.StartPoint(samples=images(1), strength=0)), "diffusion.start.strength", "above 0"),
     ("sample", D, diffusion(start=pb.StartPoint(samples=images(1), strength=NAN)), "diffusion.start.strength", "nan"),
-    ("sample", D, diffusion(start=pb.StartPoint()), "diffusion.start.samples.data_type", "must be one of FLOAT32"),
+    ("sample", D, diffusion(start=pb.StartPoint()), "diffusion.start.samples", "must be set"),
     (
         "sample",
         D,
@@ -123,7 +123,13 @@ CASES = [
         "8 samples of 50 evaluations each make 400; at most 200",
     ),
     ("open_loop", D, diffusion(preview_interval_steps=2), "diffusion.preview_interval_steps", "must be 0"),
-    ("encode", V, Encode(), "samples.data_type", "must be one of FLOAT32, FLOAT16, UINT8, INT64, got 0"),
+    (
+        "encode",
+        V,
+        Encode(samples=tensor_pb2.Tensor(shape=[1])),
+        "samples.data_type",
+        "must be one of FLOAT32, FLOAT16, UINT8, INT64, got 0",
+    ),
     ("encode", V, Encode(samples=images(9)), "samples.shape", "[n, 1, 4, 4] with n from 1 to 8; got n = 9"),
     ("encode", V, Encode(samples=images(0)), "samples.shape", "got n = 0"),
     (
@@ -272,6 +278,30 @@ def test_a_wrong_field_is_named_with_what_is_allowed(
     assert path in found, found
     assert part in found[path]
     assert len(found[path]) < 300
+
+
+def test_a_tensor_that_is_missing_is_asked_for(held: dict[str, Any]) -> None:
+    """Whoever forgets one is told that it must be set, and not of which type it is not."""
+    half = diffusion(known=pb.KnownPixels(samples=images(1)))
+    assert violations("sample", half, held[D]) == {
+        "diffusion.known.mask": "must be set: it says where samples are known"
+    }
+    assert violations("sample", diffusion(start=pb.StartPoint()), held[D]) == {"diffusion.start.samples": "must be set"}
+    assert violations("encode", Encode(), held[V]) == {"samples": "must be set"}
+
+
+def test_an_unknown_sampler_hides_nothing_else(held: dict[str, Any]) -> None:
+    """What is wrong beside the sampler is told in the same answer; only `eta`, which is the sampler's, waits."""
+    options = pb.DiffusionOptions(sampler="plms", eta=7, step_count=-1, preview_interval_steps=-1)
+    options.known.mask.CopyFrom(images(1, NAN))
+    found = violations("sample", Sample(model=D, diffusion=options), held[D])
+    assert found.keys() == {
+        "diffusion.sampler",
+        "diffusion.step_count",
+        "diffusion.preview_interval_steps",
+        "diffusion.known.samples",
+        "diffusion.known.mask.data",
+    }
 
 
 def test_every_violation_is_reported_at_once(held: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import random
 import re
+import shutil
 import signal
 import urllib.request
 from collections import Counter
@@ -17,6 +18,7 @@ from crowds import LONG, METHODS, Asked, asked, equal, messages, parts, wrong
 from google.protobuf.duration_pb2 import Duration
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from latent_bundles import write_latent_diffusion
 from latentd.names import SAMPLERS
 from latentd.v1 import generation_service_pb2 as pb
 from latentd.v1 import generation_service_pb2_grpc
@@ -30,15 +32,23 @@ CROWD = 40
 
 
 @pytest.fixture(scope="module")
-def quiet(models_root: Path) -> Iterator[Process]:
-    """A server that is asked one thing at a time."""
-    yield from _process(models_root)
+def root(models_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundles of each family, and diffusion over latents of one of them."""
+    copied = shutil.copytree(models_root, tmp_path_factory.mktemp("crowded") / "models")
+    write_latent_diffusion(copied)
+    return copied
 
 
 @pytest.fixture(scope="module")
-def busy(models_root: Path) -> Iterator[Process]:
+def quiet(root: Path) -> Iterator[Process]:
+    """A server that is asked one thing at a time."""
+    yield from _process(root)
+
+
+@pytest.fixture(scope="module")
+def busy(root: Path) -> Iterator[Process]:
     """A server that has crowds, and checks itself whenever it has not."""
-    yield from _process(models_root, "--self-check-interval", "0.05")
+    yield from _process(root, "--self-check-interval", "0.05")
 
 
 def _process(root: Path, *arguments: str) -> Iterator[Process]:
@@ -234,7 +244,7 @@ def test_ten_thousand_requests_have_the_bytes_of_lone_runs(servers: tuple[Stub, 
 
 def test_both_servers_promise_the_same(servers: tuple[Stub, Stub]) -> None:
     """Equal bytes are what equal classes promise, so the two processes name one class for every model."""
-    for model in ("tiny-diffusion", "tiny-vae", "tiny-gan"):
+    for model in ("tiny-diffusion", "tiny-vae", "tiny-gan", "tiny-latents"):
         names = {next(iter(stub.Sample(pb.SampleRequest(model=model)))).accepted.determinism_class for stub in servers}
         assert len(names) == 1
         assert names.pop().startswith("certified-cpu-")

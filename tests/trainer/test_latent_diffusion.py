@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from latentd.v1 import model_pb2
 from latentd_client import Client
 from latentd_trainer import bundle as bundles
 from latentd_trainer import cli, encoded
@@ -73,6 +74,10 @@ def test_the_bundle_says_whose_latents_they_are(root: Path) -> None:
     assert (tuple(space.scales), tuple(space.shifts)) == (info.deviations, info.means)
     assert (list(walk.sample_spec.shape), list(walk.latent_spec.shape)) == ([1, 8, 8], [8])
     assert str(root) not in (root / "models/own-ldm/1/record.json").read_text()
+    told = {each.method: each.description for each in walk.card.capabilities}
+    assert "over latents of own-vae@1" in told[model_pb2.Model.METHOD_SAMPLE]
+    assert "q(x_t" not in told[model_pb2.Model.METHOD_ENCODE], "forward_timestep is refused over latents"
+    assert "none on ln p(sample)" in told[model_pb2.Model.METHOD_SCORE]
 
 
 def test_one_call_gives_images(root: Path) -> None:

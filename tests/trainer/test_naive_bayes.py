@@ -154,5 +154,5 @@ def test_what_cannot_be_fitted_is_said() -> None:
         chosen.step(Batch(images, torch.tensor([0, 0, 0, 1, 1, 2])), moment())
     with pytest.raises(ValueError, match="fitted in closed form, by one process"):
         given.step(Batch(images, torch.arange(6) % 3), moment(shard=Shard(0, 2)))
-    with pytest.raises(ValueError, match=r"steps=3: must be from 1 to 1; variance_floor=-1.0: must be at least 0"):
+    with pytest.raises(ValueError, match=r"steps=3: must be 1: .*; variance_floor=-1.0: must be at least 0"):
         build_family("naive_bayes", {"steps": 3, "variance_floor": -1.0}, info, 0)

@@ -109,6 +109,8 @@ def test_an_unknown_preset_is_told_which_there_are() -> None:
     """The error lists the presets."""
     with pytest.raises(ValueError, match="unknown preset 'huge': must be one of 28x28, 32x32, 32x32-large"):
         preset_settings(load_family("vae"), "huge")
+    with pytest.raises(ValueError, match="unknown preset '28x28': this family has none"):
+        preset_settings(load_family("vae_gan"), "28x28")
 
 
 def test_sizes_that_no_images_allow_are_all_named() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from latentd_trainer import study
 from latentd_trainer.cli import app
 from latentd_trainer.study import workers
 from latentd_trainer.study.section import Criterion, Picture, Section, Settings
+from latentd_trainer.train import InterruptedTraining
 from typer.testing import CliRunner, Result
 
 HIGH = Criterion("a is high", "a", ">=", 1.0)
@@ -72,19 +74,45 @@ def test_a_report_has_verdicts_figures_and_pictures(claim: Callable, tmp_path: P
     assert list(found["claims"]) == ["first", "second"]
 
 
-def test_an_interrupted_study_leaves_what_it_found(claim: Callable, tmp_path: Path) -> None:
-    """After Ctrl-C in the second of three claims the report holds the first and names the others; exit status 130."""
+@pytest.mark.parametrize(
+    ("stop", "status"),
+    [(KeyboardInterrupt(), 130), (InterruptedTraining(signal.SIGTERM, 3), 143)],
+    ids=["between trainings", "in a training"],
+)
+def test_an_interrupted_study_leaves_what_it_found(
+    claim: Callable, stop: BaseException, status: int, tmp_path: Path
+) -> None:
+    """Stopped in the second of three claims: the report holds the first, and nothing is said of `fit`'s --resume."""
 
     def interrupted(_: Settings) -> Section:
-        raise KeyboardInterrupt
+        raise stop
 
     claim("second", interrupted)
     result = call("--out", tmp_path)
-    assert result.exit_code == 130
+    assert result.exit_code == status
     assert "what was found and trained so far is kept" in " ".join(result.output.split())
+    assert "--resume" not in result.output
     report = (tmp_path / "report.md").read_text()
     assert "## A title" in report
     assert "Not studied yet: second, third." in report
+    assert list(json.loads((tmp_path / "figures.json").read_text())["claims"]) == ["first"]
+
+
+def test_sigterm_ends_a_study_in_order(claim: Callable, tmp_path: Path) -> None:
+    """It comes up as an exception, on which processes that study are ended; then the handler of before is back."""
+
+    def terminated(_: Settings) -> Section:
+        signal.raise_signal(signal.SIGTERM)
+        return section()
+
+    claim("second", terminated)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        result = call("--out", tmp_path)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == 143
     assert list(json.loads((tmp_path / "figures.json").read_text())["claims"]) == ["first"]
 
 

@@ -1,5 +1,7 @@
 """The studies of digits: what is measured of images that are known, and models that are found or trained once."""
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,25 @@ def test_bundles_that_are_given_are_used(trained: Path, tmp_path: Path, monkeypa
         (tmp_path / "digits-gan" / version).mkdir(parents=True)
     digits = Digits(Settings(seed=0, quick=True, trained=trained, models=tmp_path))
     assert digits._given("gan") == tmp_path / "digits-gan" / "10"
+    assert digits._given("vae_gan") is None
+
+
+def test_a_vae_that_is_given_counts_with_the_one_tuned_from_it_only(trained: Path, tmp_path: Path) -> None:
+    """Without it, or with one tuned from other weights, both are trained; bundles that were found are named."""
+    own = Digits(quick(trained))
+    vae, tuned = (own._exported(family) for family in ("vae", "vae_gan"))
+    digits = Digits(Settings(seed=0, quick=True, trained=trained, models=tmp_path))
+    found = tmp_path / "digits-vae" / "1"
+    shutil.copytree(vae, found)
+    assert digits._given("vae") is None
+    shutil.copytree(tuned, tmp_path / "digits-vae-gan" / "1")
+    assert digits._given("vae") == found
+    assert digits.taken() == []
+    model = digits.graphs("vae").bundle.model
+    assert digits.taken() == [f"Not trained for this study, but found: `{model.name}` ({model.digest})."]
+    record = tmp_path / "digits-vae-gan" / "1" / "record.json"
+    record.write_text(json.dumps({"start": {"weights": "sha256:other"}}))
+    assert digits._given("vae") is None
     assert digits._given("vae_gan") is None
 
 

@@ -280,11 +280,14 @@ def test_without_its_vae_a_change_was_not_measured(models: Path, quick: list[Any
 
 
 def test_another_model_than_its_vae_is_refused(models: Path, quick: list[Any]) -> None:
-    """Weights are compared, not names; before anything is measured."""
+    """Weights are compared, not names; before anything is measured. What is no bundle is said to be none."""
     tuned = models / "tiny-tuned" / "1"
     result = call("evaluate", tuned, "--against", tuned, *quick[:-1])
     assert result.exit_code == 1
     assert "was tuned from other weights than those of" in result.output
+    result = call("evaluate", tuned, "--against", models / "nothing" / "1", *quick[:-1])
+    assert result.exit_code == 1
+    assert "a bundle is a folder NAME/VERSION" in " ".join(result.output.split())
 
 
 def test_any_model_may_be_compared_with_another(models: Path, quick: list[Any], tmp_path: Path) -> None:

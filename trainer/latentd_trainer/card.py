@@ -142,17 +142,20 @@ def start_figures(card: model_pb2.ModelCard) -> Mapping[str, float]:
 
 def _capability(bundle: bundle_pb2.Bundle, method: Model.Method.ValueType) -> str:
     """What the graphs tell of a method."""
+    decoder = bundle.model.latent_space.decoder  # empty where a denoiser walks over samples
     if method not in bundle.model.methods:
-        return _ABSENT[method]
+        return OF_LATENTS if decoder and method == Model.METHOD_SCORE else _ABSENT[method]
     networks = {network.role: network for network in bundle.networks}
     given = {entry.source for network in bundle.networks for entry in network.inputs}
     by_class = " of a class" if Source.SOURCE_CLASS_LABEL in given else ""
     by_label = ", or on ln p(sample given class)" if by_class else ""
     if Role.ROLE_DENOISER in networks:
+        made = f"; the walk is over latents of {decoder}, which decodes them" if decoder else ""
+        diffused = f"; {decoder} encodes the sample first" if decoder else ", or a draw of q(x_t given x_0)"
         return {
-            Model.METHOD_SAMPLE: f"a sample{by_class}, walked to from noise by any sampler of the model's",
-            Model.METHOD_ENCODE: "the noise that DDIM would walk from (inversion), or a draw of q(x_t given x_0)",
-            Model.METHOD_DECODE: f"the sample{by_class} that given noise is walked to",
+            Model.METHOD_SAMPLE: f"a sample{by_class}, walked to from noise by any sampler of the model's{made}",
+            Model.METHOD_ENCODE: f"the noise that DDIM would walk from (inversion){diffused}",
+            Model.METHOD_DECODE: f"the sample{by_class} that given noise is walked to{made}",
             Model.METHOD_DENOISE: "one step from given noise, or a loop that the caller drives",
             Model.METHOD_SCORE: f"{_BOUND}{by_label}, summed over all timesteps or estimated from some of them",
         }[method]

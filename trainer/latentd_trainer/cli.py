@@ -327,10 +327,8 @@ def study(
         )
     except (BundleError, CheckpointError, train.TrainingError, OSError) as error:
         fail(error, 1)
-    except train.InterruptedTraining as stopped:
-        fail(stopped, stopped.exit_status)
-    except KeyboardInterrupt:
-        fail("stopped; what was found and trained so far is kept", 130)
+    except (KeyboardInterrupt, train.InterruptedTraining) as stopped:
+        fail("stopped; what was found and trained so far is kept", getattr(stopped, "exit_status", 130))
 
 
 def _parse_texts(texts: list[str]) -> dict[str, str]:

@@ -104,8 +104,8 @@ def run(
     graphs = _sampling_graphs(directory, bundle, threads)
     other, relation = None, ""
     if against is not None:
-        relation = _relation(directory, against)
         other_bundle = bundles.read(against)
+        relation = _relation(directory, against)
         _require_data(against, other_bundle.model, dataset)
         other = _sampling_graphs(against, other_bundle, threads)
 

@@ -153,8 +153,8 @@ def preset_settings(family: type[Family], name: str) -> dict[str, str]:
         ValueError: it has no preset of this name; the message lists those it has.
     """
     if name not in family.presets:
-        known = ", ".join(family.presets) or "none, as this family has no presets"
-        raise ValueError(f"unknown preset {name!r}: must be one of {known}")
+        known = f"must be one of {', '.join(family.presets)}" if family.presets else "this family has none"
+        raise ValueError(f"unknown preset {name!r}: {known}")
     return {setting: str(value) for setting, value in family.presets[name].items()}
 
 

@@ -25,7 +25,7 @@ from latentd.v1 import model_pb2, tensor_pb2
 from torch import Tensor, nn
 
 from latentd_trainer.data import DataInfo
-from latentd_trainer.families import Batch, Family, Moment, below, outside, setting
+from latentd_trainer.families import Batch, Family, Moment, below, setting
 from latentd_trainer.spec import Graph, GraphInput, GraphOutput, Likelihood, Meaning, Role, ServingSpec, Source
 
 FLOORS = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 1))
@@ -41,7 +41,8 @@ class NaiveBayesConfig:
     variance_floor: float = setting(0.0, "added to every variance; 0 chooses it by cross-validation")
 
     def __post_init__(self) -> None:
-        problems = outside(self, steps=(1, 1)) + below(self, batch_size=0, variance_floor=0)
+        problems = [] if self.steps == 1 else [f"steps={self.steps}: must be 1: the fit is in closed form"]
+        problems += below(self, batch_size=0, variance_floor=0)
         if problems:
             raise ValueError("; ".join(problems))
 

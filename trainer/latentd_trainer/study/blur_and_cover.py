@@ -40,8 +40,7 @@ def study(settings: Settings) -> Section:
         "where the data are dense, so its samples are sharp and miss modes. Joined, they have the better of both "
         "(Larsen et al., arXiv 1512.09300).",
         measured=f"{METHOD} A VAE is read twice: the mean of p(x | z, y), which is what is usually shown, and a "
-        "draw from "
-        "it. The VAE-GAN is that VAE with its decoder tuned against a discriminator.",
+        "draw from it. The VAE-GAN is that VAE with its decoder tuned against a discriminator.",
         figures={f"{name}/{measure}": value for name, found in measured.items() for measure, value in found.items()},
         criteria=(
             Criterion("A VAE's means are blurred", "vae-mean/sharpness", "<", SHARP),
@@ -62,6 +61,7 @@ def study(settings: Settings) -> Section:
         ),
         body="\n\n".join(
             [
+                *digits.taken(),
                 table(
                     ["", *MEASURES],
                     [

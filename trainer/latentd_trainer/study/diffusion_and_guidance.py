@@ -47,11 +47,9 @@ def study(settings: Settings) -> Section:
     return Section(
         title="Diffusion covers and is sharp; guidance trades the one for the other",
         claim="Diffusion models come close to the data in precision and in recall (Ho et al., arXiv 2006.11239); "
-        "guidance "
-        "buys precision with variety (arXiv 2207.12598).",
+        "guidance buys precision with variety (arXiv 2207.12598).",
         measured=f"{METHOD} Guidance with scale w walks by (1 - w) m(x, t) + w m(x, t, y), so that 0 forgets the "
-        "label, 1 "
-        "asks for it and more than 1 insists; the paper's w is one less. The sweep takes "
+        "label, 1 asks for it and more than 1 insists; the paper's w is one less. The sweep takes "
         f"{_SWEPT_STEPS} steps. All walks start at the same noise.",
         figures={f"{name}/{measure}": value for name, found in measured.items() for measure, value in found.items()},
         criteria=(
@@ -67,6 +65,7 @@ def study(settings: Settings) -> Section:
         ),
         body="\n\n".join(
             [
+                *digits.taken(),
                 table(
                     ["", *MEASURES],
                     [row(name, names[name]) for name in ("real", *(f"{count}-steps" for count in STEP_COUNTS))],
@@ -74,8 +73,7 @@ def study(settings: Settings) -> Section:
                 f"By guidance scale, in {_SWEPT_STEPS} steps:",
                 table(["guidance scale", *MEASURES], [row(name, name.removeprefix(f"{_SWEPT}-")) for name in swept]),
                 "Precision cannot rise far above that of real images, whose own it is measured by; density can. A "
-                "scale "
-                "of 0 has to find its classes itself, with a network that was told them in most of its training.",
+                "scale of 0 has to find its classes itself, with a network that was told them in most of its training.",
             ]
         ),
         pictures=(

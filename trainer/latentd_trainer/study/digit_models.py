@@ -27,16 +27,17 @@ from latentd_trainer.study.section import Settings
 MEASURES = ("precision", "recall", "density", "coverage", "sharpness")
 METHOD = (
     "Samples are drawn through the ONNX graphs that are served, labels in the shares of the training data, and "
-    "compared "
-    "with the held-out images in the features of a classifier of digits: precision and density say whether samples lie "
-    "among real images, recall and coverage whether real images lie among samples. Sharpness is the power of the "
-    "samples' Laplacian over that of the held-out images; noise counts as sharp. The first row is real training images."
+    "compared with the held-out images in the features of a classifier of digits: precision and density say whether "
+    "samples lie among real images, recall and coverage whether real images lie among samples. Sharpness is the power "
+    "of the samples' Laplacian over that of the held-out images; noise counts as sharp. The first row is real training "
+    "images."
 )
 _CHECKPOINT_INTERVAL = 500
 _QUICK = {"steps": "3", "batch_size": "8", "width": "8", "hidden": "16"}
 _QUICK_CLASSIFIER_STEPS = 10
 _QUICK_SAMPLES = 60
 _SHOWN_EACH = 8
+_PAIR = ("vae", "vae_gan")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Digits:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.given: list[str] = []  # bundles that were measured in place of trained ones, by name and digest
         self.dataset: Dataset = load("digits")
         settings.tell("classifier")
         steps = _QUICK_CLASSIFIER_STEPS if settings.quick else None
@@ -62,8 +64,16 @@ class Digits:
 
     def graphs(self, family: str) -> Graphs:
         """The networks of this family's bundle: that in `settings.models` where there is one, else one trained here."""
-        directory = self._given(family) or self._exported(family)
-        return Graphs(directory, bundles.read(directory), threads=1)
+        given = self._given(family)
+        directory = given or self._exported(family)
+        bundle = bundles.read(directory)
+        if given is not None:
+            self.given.append(f"`{bundle.model.name}` ({bundle.model.digest})")
+        return Graphs(directory, bundle, threads=1)
+
+    def taken(self) -> list[str]:
+        """A sentence that names the bundles that were measured in place of trained ones; none if all were trained."""
+        return [f"Not trained for this study, but found: {', '.join(self.given)}."] if self.given else []
 
     def labels(self, graphs: Graphs) -> NDArray[np.int64]:
         """What to ask a model for: labels in the shares of the training data, in order of class."""
@@ -101,7 +111,20 @@ class Digits:
         return np.concatenate([images[labels == label][:_SHOWN_EACH] for label in classes])
 
     def _given(self, family: str) -> Path | None:
-        """The newest version of `digits-FAMILY` in `settings.models`."""
+        """The newest version of `digits-FAMILY` in `settings.models`.
+
+        Of a VAE and one tuned from it, which are compared, there are both or neither, and the one from the other.
+        """
+        directory = self._newest(family)
+        if family not in _PAIR:
+            return directory
+        first, tuned = (self._newest(each) for each in _PAIR)
+        if first is None or tuned is None:
+            return None
+        origin = bundles.read_record(tuned).get("start")
+        return directory if origin is not None and start.is_served_by(origin, first) else None
+
+    def _newest(self, family: str) -> Path | None:
         if self.settings.models is None:
             return None
         directory = self.settings.models / _bundle_name(family)

@@ -33,17 +33,14 @@ def study(settings: Settings) -> Section:
         "one before it.",
         measured="ln p(x) of held-out binarised digits, in nats an image, of models trained on the same images without "
         f"their classes but for naive Bayes. The first three are exact, the others bounds with {ladder.BOUND_DRAWS} "
-        "draws "
-        "(IWAE, arXiv 1509.00519), so the true values are no lower.",
+        "draws (IWAE, arXiv 1509.00519), so the true values are no lower.",
         figures={rung.name: rung.log_likelihood for rung in rungs},
         criteria=[
             Criterion(f"{after} above {before}", after, ">", before) for before, after in itertools.pairwise(names)
         ],
         body=f"{ladder.markdown(rungs)}\n\nA lower bound above an exact value settles the order of the two; of two "
-        "bounds "
-        "only the bounds are compared. The mixture has as many components as there are digits, so that it is naive "
-        "Bayes "
-        "that has to find its classes itself.",
+        "bounds only the bounds are compared. The mixture has as many components as there are digits, so that it is "
+        "naive Bayes that has to find its classes itself.",
         pictures=[
             Picture("historical-ladder.png", "ln p(x) of held-out images; to the right is better.", _picture(rungs))
         ],

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.markup import escape
@@ -46,6 +49,7 @@ def run(
 
     Raises:
         OSError: something cannot be written.
+        SystemExit: SIGTERM came; what studied is ended first.
         Exception: what studying a claim raised.
     """
     trained = out / TRAINED
@@ -60,16 +64,36 @@ def run(
             now = "; ".join(f"{each}: {what}" for each, what in doing.items())
             status.update(escape(f"{len(done)} of {len(names)} done; {now}"))
 
-        with contextlib.closing(
-            workers.study_all(names, Settings(seed, quick, trained, models), jobs, tell)
-        ) as studies:
+        studying = workers.study_all(names, Settings(seed, quick, trained, models), jobs, tell)
+        with _stopped_by_sigterm(), contextlib.closing(studying) as studies:
             for each in studies:
                 done[each.name] = each
                 doing.pop(each.name, None)
                 _write(out, header, names, done, each)
                 line = f"{each.name}: {each.section.verdict}, {each.seconds:.1f} s"
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"report: {out / REPORT_FILE}", markup=False, highlight=False, soft_wrap=True)
+    says = ", of a quick run, whose verdicts say nothing" if quick else ""
+    console.print(f"report: {out / REPORT_FILE}{says}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM as an exception, as Ctrl-C is one, lest it leave the processes that study without anyone to end them.
+
+    Signals reach Python's main thread alone; elsewhere nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _write(out: Path, header: report.Header, names: Sequence[str], done: dict[str, Studied], latest: Studied) -> None:
