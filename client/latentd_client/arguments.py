@@ -75,23 +75,39 @@ def end_of_walk(text: str, model: Model) -> tuple[int | Array, Literal["latent",
     return read_samples([path], model), "sample"
 
 
-def read_samples(paths: Sequence[Path], model: Model) -> Array:
-    """Samples from `.npz` (array `samples`), `.npy` and picture files, joined. Shape [n, *sample].
+def size(text: str | None) -> tuple[int, int] | None:
+    """`16x24` as a height and a width.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if text is None:
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise ValueError(f"--size: must be HEIGHTxWIDTH, as 16x24; got {text!r}")
+    return int(height), int(width)
+
+
+def read_samples(paths: Sequence[Path], model: Model, size: tuple[int, int] | None = None) -> Array:
+    """Samples of the model's own size, or of another one, from `.npz` (array `samples`), `.npy` and picture files,
+    joined. Shape [n, *sample].
 
     Raises:
         ValueError: a file does not hold samples of this model; names the file.
         OSError: a file cannot be read.
     """
+    shape = model.shape_at(size)
     batches = [
-        read_array(path, "samples", model.sample_shape)
+        read_array(path, "samples", shape)
         if path.suffix in (".npz", ".npy")
-        else images.read_picture(path, model.sample_shape, model.value_range)[None]
+        else images.read_picture(path, shape, model.value_range)[None]
         for path in paths
     ]
     return np.concatenate([_in_range(batch, model) for batch in batches])
 
 
-def read_mask(path: Path, model: Model) -> Array:
+def read_mask(path: Path, model: Model, size: tuple[int, int] | None = None) -> Array:
     """Where pixels are known, from a picture, where they are white, or from an array of zeros and ones.
     Shape [n, *sample], or with one channel.
 
@@ -99,15 +115,16 @@ def read_mask(path: Path, model: Model) -> Array:
         ValueError: the file holds nothing of the shape of this model's samples; names the file.
         OSError: the file cannot be read.
     """
-    one_channel = (1, *model.sample_shape[1:])
+    shape = model.shape_at(size)
+    one_channel = (1, *shape[1:])
     if path.suffix not in (".npz", ".npy"):
         return (images.read_picture(path, one_channel, (0.0, 1.0))[None] >= 0.5).astype(np.uint8)
     array = read_array(path, "mask", None)
-    if array.shape in (model.sample_shape, one_channel):
+    if array.shape in (shape, one_channel):
         array = array[None]
-    if array.shape[1:] not in (model.sample_shape, one_channel):
-        extents = ", ".join(map(str, model.sample_shape[1:]))
-        channels = " or ".join(dict.fromkeys(("1", str(model.sample_shape[0]))))
+    if array.shape[1:] not in (shape, one_channel):
+        extents = ", ".join(map(str, shape[1:]))
+        channels = " or ".join(dict.fromkeys(("1", str(shape[0]))))
         raise ValueError(f"{path}: mask must have shape [{channels}, {extents}], has {list(array.shape)}")
     return array
 

@@ -110,6 +110,7 @@ class Calls:
         strength: float | None = None,
         known: ArrayLike | None = None,
         mask: ArrayLike | None = None,
+        size: tuple[int, int] | None = None,
         previews: int = 0,
         output: Output = "mean",
         dtype: DTypeLike | None = None,
@@ -142,6 +143,7 @@ class Calls:
             strength: share of the schedule to run from `start`, in (0, 1].
             known: samples of which part is given, for inpainting; with `mask`. Shapes as those of `start`.
             mask: True or 1 where `known` is given. Shape [n, *sample] or [1, *sample], or one channel for all.
+            size: height and width, one of `Model.sample_sizes`; the model's own if None.
             previews: send the estimate of x0 after every this many steps; 0 is never. For `sample_stream`.
             output: the mean of p(sample | latent), or a draw from it; "latent" gives what a model with a
                 `Model.latent_space` walks over.
@@ -177,8 +179,9 @@ class Calls:
                 strength=strength,
                 known=known,
                 mask=mask,
-                item_shape=about.sample_shape,
+                item_shape=about.shape_at(size),
             ),
+            size=fields.size(size),
             output_data_type=fields.data_type(dtype),
             output_mode=fields.output_mode(output),
             first_sample_index=fields.integer("first_sample_index", first_index),
@@ -412,7 +415,7 @@ class Calls:
         )
         fields.check()
         response: pb.ScoreResponse = yield Unary("Score", request)
-        return messages.read_scores(response, known)
+        return messages.read_scores(response, request)
 
     def model(self, name: str, *, timeout: float | None = None) -> Program[Model]:
         """Ask for one model: what it is, what it can do, and its card. Always asks the server, for states change.

@@ -79,6 +79,9 @@ IntervalOption = Annotated[
     tuple[int, int] | None,
     typer.Option(metavar="FIRST LAST", help="Guide from this timestep to that one; at all if not given (diffusion)."),
 ]
+SizeOption = Annotated[
+    str | None, typer.Option(metavar="HxW", help="Height and width, as 16x24; one of the model's sizes (diffusion).")
+]
 SamplerOption = Annotated[str | None, typer.Option(help="How to walk from noise to data (diffusion).")]
 EtaOption = Annotated[float | None, typer.Option(help="Fresh noise per step, 0 to 1 (diffusion).")]
 OutOption = Annotated[
@@ -120,6 +123,7 @@ def sample(
     guidance: GuidanceOption = None,
     guidance_interval: IntervalOption = None,
     eta: EtaOption = None,
+    size: SizeOption = None,
     temperature: Annotated[float | None, typer.Option(help="Scale of the prior (not diffusion).")] = None,
     draw: Annotated[bool, typer.Option("--draw", help="Draw from p(sample | latent) instead of its mean.")] = False,
     start: Annotated[
@@ -142,12 +146,15 @@ def sample(
     """Draw samples and write them as a grid (.png) or as arrays (.npz)."""
     session: Session = context.obj
     arguments.check_outputs(out)
+    extents = arguments.size(size)
     with session.client() as client:
         about = client.model(model)
         labels, total = arguments.labels_and_count(label, about, count)
-        previews = preview_interval(about, total, steps) if session.terminal.err.is_terminal else 0
-        begun, given = (None if path is None else arguments.read_samples([path], about) for path in (start, known))
-        shown = None if mask is None else arguments.read_mask(mask, about)
+        previews = preview_interval(about, total, steps, extents) if session.terminal.err.is_terminal else 0
+        begun, given = (
+            None if path is None else arguments.read_samples([path], about, extents) for path in (start, known)
+        )
+        shown = None if mask is None else arguments.read_mask(mask, about, extents)
         progress_by_sample = np.zeros(max(total, 0))
         parts: list[Samples] = []
         with session.terminal.progress(f"sampling {about.name}", total) as bar:
@@ -167,6 +174,7 @@ def sample(
                 strength=strength,
                 known=given,
                 mask=shown,
+                size=extents,
                 first_index=first,
                 previews=previews,
             ):
@@ -270,6 +278,7 @@ def denoise(
     guidance: GuidanceOption = None,
     guidance_interval: IntervalOption = None,
     eta: EtaOption = None,
+    size: SizeOption = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Show the estimate of x0 at each step instead of x_t.")
     ] = False,
@@ -299,6 +308,7 @@ def denoise(
             guidance=guidance,
             guidance_interval=guidance_interval,
             eta=eta,
+            size=arguments.size(size),
         )
         across = arguments.grid_columns(label, columns, known)
         with loop, session.terminal.progress(f"denoising with {known.name}", len(loop.remaining)) as bar:
@@ -386,9 +396,9 @@ def interpolate(
     write(session.terminal, walk, out, columns or count, scale, facts, brief)
 
 
-def preview_interval(model: Model, count: int, steps: int | None) -> int:
+def preview_interval(model: Model, count: int, steps: int | None, size: tuple[int, int] | None = None) -> int:
     """Steps between previews that keep a progress bar moving; 0 where they would cost too much."""
-    if not model.is_diffusion or count * int(np.prod(model.sample_shape)) * 4 > _MAX_PREVIEW_BYTES:
+    if not model.is_diffusion or count * int(np.prod(model.shape_at(size))) * 4 > _MAX_PREVIEW_BYTES:
         return 0
     return max(1, (steps or model.proto.diffusion.default_step_count) // 20)
 

@@ -44,6 +44,14 @@ class LoopRun:
         """Whether the loop has reached clean data."""
         return self.timestep == -1
 
+    @property
+    def _item_shape(self) -> tuple[int, ...]:
+        """Of one sample's state."""
+        opened = self.log[0].open_denoise
+        if not opened.HasField("size") or self.model.walks_over_latents:
+            return self.model.state_shape
+        return self.model.shape_at((opened.size.height, opened.size.width))
+
     def take_step(self, next_timestep: int | None = None, state: ArrayLike | None = None) -> None:
         """Add a step to the log.
 
@@ -62,7 +70,7 @@ class LoopRun:
         if next_timestep is not None:
             take.next_timestep = fields.integer("take_step.next_timestep", next_timestep)
         if state is not None:
-            take.noisy_samples.CopyFrom(fields.tensor("take_step.noisy_samples", state, self.model.state_shape))
+            take.noisy_samples.CopyFrom(fields.tensor("take_step.noisy_samples", state, self._item_shape))
         fields.check()
         del self.log[max(1, self.answered) :]  # a step that was refused is not part of the loop
         self.log.append(pb.StreamRequest(id=_ID, take_step=take))

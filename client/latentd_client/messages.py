@@ -13,7 +13,7 @@ import numpy as np
 from google.protobuf.duration_pb2 import Duration
 from latentd import tensor
 from latentd.v1 import generation_service_pb2 as pb
-from latentd.v1 import tensor_pb2
+from latentd.v1 import model_pb2, tensor_pb2
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from latentd_client import errors
@@ -130,6 +130,18 @@ class Fields:
             self.wrong("output_mode", f"must be one of {', '.join(_OUTPUT_MODES)}, got {output!r}")
             return pb.OUTPUT_MODE_UNSPECIFIED
         return _OUTPUT_MODES[output]
+
+    def size(self, size: tuple[int, int] | None) -> model_pb2.Size | None:
+        """Height and width of samples; None for the model's own."""
+        if size is None:
+            return None
+        extents = tuple(size)
+        if len(extents) != 2:
+            self.wrong("size", f"must be a height and a width, got {len(extents)} values")
+            return None
+        return model_pb2.Size(
+            height=self.integer("size.height", extents[0]), width=self.integer("size.width", extents[1])
+        )
 
     def seed(self, value: SupportsIndex) -> int:
         """A seed."""
@@ -293,7 +305,7 @@ def read_loop_step(state: pb.LoopState, model: Model) -> LoopStep:
     )
 
 
-def read_scores(response: pb.ScoreResponse, model: Model) -> Scores:
+def read_scores(response: pb.ScoreResponse, request: pb.ScoreRequest) -> Scores:
     """Result of Score."""
     terms = None
     if response.HasField("terms"):
@@ -303,7 +315,7 @@ def read_scores(response: pb.ScoreResponse, model: Model) -> Scores:
         values=np.array(response.values, np.float64),
         kind=enum_name(pb.ScoreResponse.Type, response.type, "TYPE_"),
         stats=read_stats(response.stats),
-        dimensions=math.prod(model.sample_shape),
+        dimensions=math.prod(request.samples.shape[1:]),
         terms=terms,
     )
 

@@ -45,6 +45,15 @@ class Model:
         return tuple(self.proto.sample_spec.shape)
 
     @cached_property
+    def sample_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Other heights and widths that samples may be asked for, beside those of `sample_shape`."""
+        return tuple((size.height, size.width) for size in self.proto.sample_sizes)
+
+    def shape_at(self, size: tuple[int, int] | None) -> tuple[int, ...]:
+        """Shape of one sample of this height and width; of the model's own if None."""
+        return self.sample_shape if size is None else (*self.sample_shape[:1], *size)
+
+    @cached_property
     def latent_shape(self) -> tuple[int, ...] | None:
         """Shape of one latent code, without the batch axis. A diffusion model's latents are noise of `sample_shape`."""
         if self.proto.HasField("latent_spec"):

@@ -150,6 +150,7 @@ def model_table(model: Model) -> RenderableType:
         **{name: what if name in model.methods else f"no: {what}" for name, what in model.capabilities.items()},
         "likelihood": likelihood_in_words(card.likelihood) if card.HasField("likelihood") else "",
         "sample shape": f"{_shape(model.sample_shape)} in [{low:g}, {high:g}]",
+        "other sizes": " ".join(f"{height}x{width}" for height, width in model.sample_sizes),
         "latent shape": _shape(model.latent_shape) if model.latent_shape else "-",
         "classes": ", ".join(classes) or "-",
     }

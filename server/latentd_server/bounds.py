@@ -63,6 +63,7 @@ def score(
             halves=bound_terms.halved_falls(schedule.alphas, schedule.sigmas)[visited],
             decoder=Decoder(float(schedule.sigmas[0]), levels),
         ),
+        size=model.size,
         seed=request.seed,
         sample_indices=rows,
         labels=labels[rows],

@@ -14,7 +14,7 @@ from latentd.digest import bundle_digest
 from latentd.names import BUNDLE_FILE, BUNDLE_FORMAT_VERSION, ModelReference, is_name
 from latentd.v1 import bundle_pb2, model_pb2
 
-from latentd_server import gate, latents, wiring
+from latentd_server import gate, latents, sizes, wiring
 from latentd_server.schedules import Schedule
 
 _NEEDED_ROLES = {
@@ -67,7 +67,7 @@ def read(directory: Path) -> StoredBundle:
     """
     bundle = _read_message(directory / BUNDLE_FILE)
     problems = _model_problems(bundle, f"{directory.parent.name}@{directory.name}") + wiring.problems(bundle)
-    problems += latents.space_problems(bundle)
+    problems += latents.space_problems(bundle) + sizes.problems(bundle)
     graphs: dict[int, bytes] = {}
     for network in bundle.networks:
         role = bundle_pb2.Network.Role.Name(network.role) if network.role else "no role"
@@ -85,7 +85,7 @@ def read(directory: Path) -> StoredBundle:
         if hashlib.sha256(data).hexdigest() != network.sha256:
             problems.append(f"{network.file}: differs from its digest in {BUNDLE_FILE}")
             continue
-        problems += gate.problems(data, network)
+        problems += gate.problems(data, network, sized=len(bundle.model.sample_sizes) > 0)
         graphs[network.role] = data
     if bundle.model.digest != bundle_digest(bundle):
         problems.append(f"{BUNDLE_FILE}: model.digest does not match its contents")

@@ -501,10 +501,10 @@ class Engine:
         """Take over the graphs of new models. Warming up takes the device, so this is for its own thread to do."""
         newcomers, self._newcomers = self._newcomers, []
         for runners, promise in newcomers:
-            for (model, _), runner in runners.items():
+            for key, runner in runners.items():
                 runner.warm()
                 if promise:
-                    self._self_check.begin(model)
+                    self._self_check.begin(key[0])
             self._runners.update(runners)
 
     def _let_go(self, model: str) -> None:

@@ -1,7 +1,7 @@
 """Checks of request fields. Pure. Every violation is collected, so that the caller hears of all of them at once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from latentd_server.failures import FieldsInvalidError, Violation
 from latentd_server.plans import OutputForm, Range
+from latentd_server.sizes import Size, text
 from latentd_server.wiring import Graph, Source, Wiring
 
 Condition = generation_service_pb2.Condition
@@ -94,11 +95,19 @@ class Fields:
                 self.reject(prefix + descriptor.name, f"must be unset: {why}")
 
     def rows(
-        self, tensor: tensor_pb2.Tensor, path: str, item: Range, max_rows: int, *, is_sample: bool
+        self,
+        tensor: tensor_pb2.Tensor,
+        path: str,
+        item: Range,
+        max_rows: int,
+        *,
+        is_sample: bool,
+        or_of: Iterable[Size] = (),
     ) -> NDArray[np.float32] | None:
         """A tensor of rows, each of the item's shape, as [n, *shape] f32 in the model's own range.
 
-        Samples may come as UINT8, 0..255 meaning the model's value range; latents may not.
+        Samples may come as UINT8, 0..255 meaning the model's value range; latents may not. `or_of` are heights and
+        widths that would have done as well, for the refusal.
         """
         if not tensor.ByteSize():
             self.reject(path, "must be set")
@@ -119,7 +128,9 @@ class Fields:
         if shape[1:] != item.shape or not shape or not 1 <= shape[0] <= max_rows:
             expected = ", ".join(["n", *map(str, item.shape)])
             if len(shape) != len(item.shape) + 1 or shape[1:] != item.shape:
-                self.reject(f"{path}.shape", f"must be [{expected}]; got {list(shape)}")
+                others = ", ".join(map(text, or_of))
+                sized = f", or of height and width {others}" if others else ""
+                self.reject(f"{path}.shape", f"must be [{expected}]{sized}; got {list(shape)}")
             else:
                 self.reject(f"{path}.shape", f"must be [{expected}] with n from 1 to {max_rows}; got n = {shape[0]}")
             return None

@@ -11,6 +11,8 @@ from typing import Any
 import onnx
 from latentd.v1 import bundle_pb2, model_pb2, tensor_pb2
 
+from latentd_server.sizes import shapes_follow
+
 _DOMAINS = ("", "ai.onnx")
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _ELEMENT_TYPES = {
@@ -19,8 +21,11 @@ _ELEMENT_TYPES = {
 }
 
 
-def problems(data: bytes, network: bundle_pb2.Network) -> list[str]:
-    """Everything that keeps a graph from being served; empty if nothing does."""
+def problems(data: bytes, network: bundle_pb2.Network, *, sized: bool = False) -> list[str]:
+    """Everything that keeps a graph from being served; empty if nothing does.
+
+    `sized` is whether the model makes samples of several sizes, whose height and width the graph must leave open.
+    """
     try:
         model = onnx.load_model_from_string(data)
     except Exception as error:
@@ -30,8 +35,8 @@ def problems(data: bytes, network: bundle_pb2.Network) -> list[str]:
         found.append("defines functions of its own")
     for graph in _graphs(model.graph):
         found += _graph_problems(graph)
-    found += _signature_problems("input", model.graph.input, network.inputs)
-    found += _signature_problems("output", model.graph.output, network.outputs)
+    found += _signature_problems("input", model.graph.input, network.inputs, sized)
+    found += _signature_problems("output", model.graph.output, network.outputs, sized)
     return [f"{network.file}: {text}" for text in dict.fromkeys(found)]
 
 
@@ -69,17 +74,20 @@ def _graph_problems(graph: onnx.GraphProto) -> list[str]:
     return found
 
 
-def _signature_problems(kind: str, actual: Sequence[onnx.ValueInfoProto], declared: Sequence[Any]) -> list[str]:
+def _signature_problems(
+    kind: str, actual: Sequence[onnx.ValueInfoProto], declared: Sequence[Any], sized: bool
+) -> list[str]:
     have, want = [value.name for value in actual], [value.name for value in declared]
     if have != want:
         return [f"has {kind}s {have}, bundle.json says {want}"]
     found = []
     for value, said in zip(actual, declared, strict=True):
-        found += [f"{kind} {value.name!r} {text}" for text in _value_problems(value.type.tensor_type, said.spec)]
+        texts = _value_problems(value.type.tensor_type, said.spec, 2 if sized and shapes_follow(said) else 0)
+        found += [f"{kind} {value.name!r} {text}" for text in texts]
     return found
 
 
-def _value_problems(actual: onnx.TypeProto.Tensor, spec: model_pb2.TensorSpec) -> list[str]:
+def _value_problems(actual: onnx.TypeProto.Tensor, spec: model_pb2.TensorSpec, open_axes: int) -> list[str]:
     element = _ELEMENT_TYPES.get(spec.data_type)
     if element is None:
         return ["must be FLOAT32 or INT64 in bundle.json"]
@@ -89,7 +97,10 @@ def _value_problems(actual: onnx.TypeProto.Tensor, spec: model_pb2.TensorSpec) -
     extents = list(actual.shape.dim)
     if not extents or not extents[0].dim_param:
         found.append("has no dynamic first axis for the batch")
-    if [extent.dim_value for extent in extents[1:]] != list(spec.shape):
+    inner, said = [extent.dim_value for extent in extents[1:]], list(spec.shape)
+    if open_axes and any(inner[-open_axes:]):
+        found.append(f"is of shape {inner} alone, and model.sample_sizes lists other sizes; export it with open axes")
+    elif inner != said[: len(said) - open_axes] + [0] * open_axes:
         shown = [extent.dim_value or extent.dim_param for extent in extents[1:]]
-        found.append(f"has shape {shown} behind the batch axis, bundle.json says {list(spec.shape)}")
+        found.append(f"has shape {shown} behind the batch axis, bundle.json says {said}")
     return found

@@ -41,6 +41,8 @@ class Servable:
     determinism_class: str
     promise: bool = True  # whether equal classes promise anything; if not, no two answers get the same
     decoder: Servable | None = None  # the model that `Model.latent_space` names
+    size: tuple[int, int] | None = None  # of samples, where it is not the default: then this is a variant
+    variants: tuple[Servable, ...] = ()  # the model at its other sizes
 
     @property
     def model(self) -> model_pb2.Model:
@@ -80,6 +82,7 @@ class StepJob:
     estimates_wanted: bool = False  # report the last evaluation's x0 and eps
     history_wanted: bool = False  # report the history register
     known: Known | None = None  # part of the samples that is given
+    size: tuple[int, int] | None = None  # height and width, where they are not the model's default
     then: Handover | None = None
 
     @property

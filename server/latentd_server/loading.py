@@ -11,7 +11,7 @@ from pathlib import Path
 from latentd import __version__
 from latentd.v1 import bundle_pb2, model_pb2
 
-from latentd_server import latents, step_graph
+from latentd_server import latents, sizes, step_graph
 from latentd_server.alone import Alone
 from latentd_server.bundle import BundleError, StoredBundle, read
 from latentd_server.call_runner import CallRunner
@@ -21,7 +21,7 @@ from latentd_server.determinism import conditions, determinism_class, is_promise
 from latentd_server.job import Servable
 from latentd_server.runners import Runner
 from latentd_server.runtime import CompiledGraph, Device, compiling
-from latentd_server.scheduler import GraphKey
+from latentd_server.scheduler import GraphKey, key_of
 from latentd_server.step_runner import StepRunner
 from latentd_server.trials import CallTrial, StepTrial
 from latentd_server.wiring import state_spec
@@ -79,28 +79,42 @@ def load(directory: Path, terms: Terms, served: Mapping[str, Servable] = _NONE) 
     runners: dict[GraphKey, Runner] = {}
     certificates: dict[str, Certificate] = {}
     state_lanes: dict[GraphKey, int] = {}
-    for network in stored.message.networks:
-        with compiling():
-            runner, trial, data = _prepared(network, stored, terms)
-            known = circumstances | {"graph": hashlib.sha256(data).hexdigest(), "latentd": __version__}
-            certificate = _certificate(trial, known, terms)
-        runner.buckets = certificate.buckets
-        if isinstance(runner, StepRunner) and (lanes := state_room(terms, tuple(state_spec(model).shape)).lanes):
-            state_lanes[model.name, network.role] = lanes
-        runners[model.name, network.role] = Alone(runner) if certificate.promise is Promise.ALONE else runner
-        certificates[network.file] = certificate
-        if terms.strict and certificate.promise is not Promise.BATCHED:
-            log.warning("%s: %s", model.name, _explanation(network.file, certificate))
+    variants = {size: replace(stored, message=sizes.at(stored.message, size)) for size in sizes.listed(model)}
+    model.ClearField("determinism")
+    for size, variant in [(None, stored), *variants.items()]:
+        for network in variant.message.networks:
+            with compiling():
+                runner, trial, data = _prepared(network, variant, terms)
+                known = circumstances | {"graph": hashlib.sha256(data).hexdigest(), "latentd": __version__}
+                certificate = _certificate(trial, known, terms)
+            runner.buckets = certificate.buckets
+            key = key_of(model.name, network.role, size)
+            shape = tuple(state_spec(variant.message.model).shape)
+            if isinstance(runner, StepRunner) and (lanes := state_room(terms, shape).lanes):
+                state_lanes[key] = lanes
+            runners[key] = Alone(runner) if certificate.promise is Promise.ALONE else runner
+            label = network.file if size is None else f"{network.file} at {sizes.text(size)}"
+            certificates[label] = certificate
+            model.determinism.graphs.append(_graph_described(network.file, size, certificate))
+            if terms.strict and certificate.promise is not Promise.BATCHED:
+                log.warning("%s: %s", model.name, _explanation(label, certificate))
     name = determinism_class(circumstances, terms.device, certificates, terms.strict)
     own = is_promise(name)
-    model.determinism.CopyFrom(_described(name, certificates, terms.strict))
+    model.determinism.determinism_class = name
+    explanations = [_explanation(label, each) for label, each in certificates.items()]
+    model.determinism.explanation = (
+        "; ".join(explanations) if terms.strict else "this server runs with determinism=none"
+    )
     if decoder is not None:
         model.determinism.determinism_class = name = joined(name, decoder.determinism_class)
         model.determinism.explanation += f"; samples are decoded by {decoder.model.name}, which its class covers"
     log.info("%s is ready after %.2f s (%s)", model.name, time.monotonic() - started, name)
-    return LoadedModel(
-        Servable(stored.message, stored.schedule, name, is_promise(name), decoder), runners, own, state_lanes
+    at_sizes = tuple(
+        Servable(variant.message, variant.schedule, name, is_promise(name), size=size)
+        for size, variant in variants.items()
     )
+    servable = Servable(stored.message, stored.schedule, name, is_promise(name), decoder, variants=at_sizes)
+    return LoadedModel(servable, runners, own, state_lanes)
 
 
 @dataclass(frozen=True)
@@ -180,17 +194,12 @@ def _certificate(trial: Trial, known: Mapping[str, str], terms: Terms) -> Certif
     return certificate
 
 
-def _described(name: str, certificates: Mapping[str, Certificate], strict: bool) -> model_pb2.ModelDeterminism:
-    """What GetModel says of it."""
-    explanations = [_explanation(file, each) for file, each in certificates.items()]
-    return _Determinism(
-        determinism_class=name,
-        graphs=[
-            _Determinism.Graph(file=file, promise=_PROMISES[each.promise], batch_sizes=each.buckets.sizes)
-            for file, each in certificates.items()
-        ],
-        explanation="; ".join(explanations) if strict else "this server runs with determinism=none",
-    )
+def _graph_described(file: str, size: sizes.Size | None, certificate: Certificate) -> _Determinism.Graph:
+    """What GetModel says of one graph, at one size of samples."""
+    graph = _Determinism.Graph(file=file, promise=_PROMISES[certificate.promise], batch_sizes=certificate.buckets.sizes)
+    if size is not None:
+        graph.sample_size.height, graph.sample_size.width = size
+    return graph
 
 
 def _explanation(file: str, certificate: Certificate) -> str:

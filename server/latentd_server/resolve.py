@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from latentd.v1 import bundle_pb2, generation_service_pb2, model_pb2, tensor_pb2
 
-from latentd_server import bounds, calls, loops, walks
+from latentd_server import bounds, calls, loops, sizes, walks
 from latentd_server.fields import MAX_INT32, Fields
 from latentd_server.job import Servable
 from latentd_server.plans import (
@@ -72,6 +72,7 @@ def sample(
     """Resolve Sample; `fresh_seed`, a number nobody else has, is used where the request has none."""
     model = supporting(servable, Model.METHOD_SAMPLE)
     fields = Fields()
+    model = _at_size(fields, request, model)
     head = _head(fields, request, model, fresh_seed, limits)
     if model.is_diffusion:
         return walks.sample(fields, request, head, model, limits)[0]
@@ -80,9 +81,11 @@ def sample(
 
 def encode(request: generation_service_pb2.EncodeRequest, servable: Servable, limits: Limits) -> Encoding | Diffusing:
     """Resolve Encode."""
-    model = supporting(servable, Model.METHOD_ENCODE)
+    model = _fitting(supporting(servable, Model.METHOD_ENCODE), request.samples)
     fields = Fields()
-    samples = fields.rows(request.samples, "samples", model.sample, limits.max_samples, is_sample=True)
+    samples = fields.rows(
+        request.samples, "samples", model.sample, limits.max_samples, is_sample=True, or_of=model.variants
+    )
     if not model.is_diffusion:
         return calls.encode(fields, request, samples, model)
     if request.HasField("forward_timestep"):
@@ -92,10 +95,10 @@ def encode(request: generation_service_pb2.EncodeRequest, servable: Servable, li
 
 def decode(request: generation_service_pb2.DecodeRequest, servable: Servable, limits: Limits) -> Decoding:
     """Resolve Decode."""
-    model = supporting(servable, Model.METHOD_DECODE)
+    model = _fitting(supporting(servable, Model.METHOD_DECODE), request.latents)
     fields = Fields()
     latent = model.latent or model.sample
-    latents = fields.rows(request.latents, "latents", latent, limits.max_samples, is_sample=False)
+    latents = fields.rows(request.latents, "latents", latent, limits.max_samples, is_sample=False, or_of=model.variants)
     form = fields.form(request.output_data_type, model)
     if model.is_diffusion:
         return walks.decode(fields, request, latents, form, model, limits)
@@ -104,15 +107,17 @@ def decode(request: generation_service_pb2.DecodeRequest, servable: Servable, li
 
 def denoise_step(request: generation_service_pb2.DenoiseStepRequest, servable: Servable, limits: Limits) -> Denoising:
     """Resolve DenoiseStep."""
-    model = supporting(servable, Model.METHOD_DENOISE)
+    model = _fitting(supporting(servable, Model.METHOD_DENOISE), request.noisy_samples)
     return walks.denoise_step(Fields(), request, model, limits)
 
 
 def score(request: generation_service_pb2.ScoreRequest, servable: Servable, limits: Limits) -> Scoring | Bounding:
     """Resolve Score."""
-    model = supporting(servable, Model.METHOD_SCORE)
+    model = _fitting(supporting(servable, Model.METHOD_SCORE), request.samples)
     fields = Fields()
-    samples = fields.rows(request.samples, "samples", model.sample, limits.max_samples, is_sample=True)
+    samples = fields.rows(
+        request.samples, "samples", model.sample, limits.max_samples, is_sample=True, or_of=model.variants
+    )
     if bundle_pb2.Network.ROLE_SCORER in model.graphs:
         return calls.score(fields, request, samples, model, limits)
     return bounds.score(fields, request, samples, model, limits)
@@ -126,6 +131,7 @@ def open_loop(
     fields = Fields()
     if model.decoder is not None:
         request = _among_latents(fields, request)
+    model = _at_size(fields, request, model)
     head = _head(fields, request, model, fresh_seed, limits)
     if request.diffusion.preview_interval_steps:
         fields.reject("diffusion.preview_interval_steps", "must be 0: every step of a loop is answered")
@@ -151,6 +157,25 @@ def _among_latents(
     return looped
 
 
+def _at_size(fields: Fields, request: generation_service_pb2.SampleRequest, model: Wiring) -> Wiring:
+    """The model at the size of samples that is asked for."""
+    if not request.HasField("size"):
+        return model
+    asked, own = (request.size.height, request.size.width), model.sample.shape
+    if len(own) != 3:
+        fields.reject("size", "must be unset: samples of this model have no height and width")
+    elif asked != own[1:] and asked not in model.variants:
+        allowed = ", ".join(map(sizes.text, ((own[1], own[2]), *model.variants)))
+        fields.reject("size", f"must be unset or one of {allowed}; got {sizes.text(asked)}")
+    return model.variants.get(asked, model)
+
+
+def _fitting(model: Wiring, tensor: tensor_pb2.Tensor) -> Wiring:
+    """The model at the size that a tensor of rows has; the model itself if it has no such size."""
+    shape = tensor.shape
+    return model.variants.get((shape[2], shape[3]), model) if model.variants and len(shape) == 4 else model
+
+
 def _head(
     fields: Fields,
     request: generation_service_pb2.SampleRequest,
@@ -173,6 +198,8 @@ def _head(
     )
     if request.HasField("condition"):
         resolved.condition.CopyFrom(request.condition)
+    if request.HasField("size") or model.variants:
+        resolved.size.height, resolved.size.width = model.sample.shape[-2:]
     # Equal classes promise equal bytes, so where nothing is promised every answer has a class of its own.
     name = model.determinism_class if model.promise else f"{model.determinism_class}-{fresh_seed:x}"
     return SampleHead(resolved, np.arange(first, first + count, dtype=np.int64), seed, form, name)

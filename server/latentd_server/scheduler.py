@@ -33,8 +33,11 @@ from latentd_server import shares
 from latentd_server.job import CallJob, Cost, Job, StepJob
 from latentd_server.priority import Priority
 
-GraphKey: TypeAlias = "tuple[str, bundle_pb2.Network.Role.ValueType]"
-"""Canonical model name and `Network.Role`: what a batch is of."""
+GraphKey: TypeAlias = (
+    "tuple[str, bundle_pb2.Network.Role.ValueType] | tuple[str, bundle_pb2.Network.Role.ValueType, tuple[int, int]]"
+)
+"""What a batch is of: canonical model name and `Network.Role`; and height and width of samples where they are not the
+model's default."""
 
 _served = attrgetter("served")
 _STALE_DEADLINES = 1000
@@ -237,7 +240,16 @@ class _Queue:
 
 def graph_key(job: Job) -> GraphKey:
     """The graph a job's evaluations are of."""
-    return (job.model, job.role if isinstance(job, CallJob) else bundle_pb2.Network.ROLE_DENOISER)
+    return (
+        key_of(job.model, job.role)
+        if isinstance(job, CallJob)
+        else key_of(job.model, bundle_pb2.Network.ROLE_DENOISER, job.size)
+    )
+
+
+def key_of(model: str, role: bundle_pb2.Network.Role.ValueType, size: tuple[int, int] | None = None) -> GraphKey:
+    """Name a graph; one that is compiled for other sizes of samples is another graph at each of them."""
+    return (model, role) if size is None else (model, role, size)
 
 
 class Scheduler:

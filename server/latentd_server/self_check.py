@@ -87,7 +87,7 @@ class SelfCheck:
         if check is None:
             return
         entry = check.entry
-        model, role = entry.key
+        model, role = entry.key[:2]
         runner = runners[entry.key]
         segment = Segment(entry, Cohort(0, 1, check.position), 1, entry.rows_at(check.position))
         try:

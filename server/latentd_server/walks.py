@@ -64,6 +64,7 @@ def sample(
         guidance_interval=walk.guidance_interval,
         preview_interval=walk.preview_interval,
         known=None if walk.known is None else Known(*walk.known, levels(schedule, table)),
+        size=model.size,
     )
     whole: Job = job
     samples, latents = "sample", None
@@ -112,6 +113,7 @@ def encode(
         lane_count=len(samples),
         tables=(samplers.inversion(schedule_of(model), walk.timesteps),),
         start=Start(noise_scale=0.0, values=samples if model.decoder is None else None),
+        size=model.size,
         seed=0,
         sample_indices=np.arange(len(samples), dtype=np.int64),
         labels=labels,
@@ -178,6 +180,7 @@ def decode(
         lane_count=len(latents),
         tables=(samplers.descent(schedule_of(model), walk.sampler, walk.timesteps, walk.eta),),
         start=Start(noise_scale=0.0, values=latents),
+        size=model.size,
         seed=request.seed,
         sample_indices=indices,
         labels=labels,
@@ -200,7 +203,14 @@ def denoise_step(
     """One evaluation at the caller's x_t and, where asked, one step of DDIM(eta)."""
     schedule = schedule_of(model)
     last = schedule.timestep_count - 1
-    states = fields.rows(request.noisy_samples, "noisy_samples", model.state, limits.max_samples, is_sample=False)
+    states = fields.rows(
+        request.noisy_samples,
+        "noisy_samples",
+        model.state,
+        limits.max_samples,
+        is_sample=False,
+        or_of=model.variants,
+    )
     count = None if states is None else len(states)
     currents = _per_row(fields, request.timesteps, "timesteps", count, 0, last)
     followings: list[int] | list[None] = [None] * len(currents)
@@ -223,6 +233,7 @@ def denoise_step(
         lane_count=len(states),
         tables=tables[:1] if len(set(zip(currents, followings, strict=True))) == 1 else tables,
         start=Start(noise_scale=0.0, values=states),
+        size=model.size,
         seed=request.seed,
         sample_indices=np.arange(len(states), dtype=np.int64),
         labels=labels,

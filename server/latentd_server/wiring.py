@@ -16,6 +16,7 @@ from latentd_server.failures import MethodUnsupportedError
 from latentd_server.job import Servable
 from latentd_server.plans import Range
 from latentd_server.schedules import Schedule
+from latentd_server.sizes import Size
 
 Source = bundle_pb2.NetworkInput
 Meaning = bundle_pb2.NetworkOutput
@@ -109,6 +110,8 @@ class Wiring:
     promise: bool
     decoder: "Wiring | None"  # of the model whose latents this one walks over
     latent_scale: tuple[tuple[float, ...], tuple[float, ...]]  # scales and shifts, of one value or one a channel
+    size: Size | None  # of samples, where it is not the model's default
+    variants: "dict[Size, Wiring]"  # the model at its other sizes
 
     @property
     def state(self) -> Range:
@@ -153,6 +156,8 @@ def wiring(servable: Servable) -> Wiring:
         promise=servable.promise,
         decoder=None if servable.decoder is None else wiring(servable.decoder),
         latent_scale=(tuple(model.latent_space.scales) or (1.0,), tuple(model.latent_space.shifts) or (0.0,)),
+        size=servable.size,
+        variants={each.size: wiring(each) for each in servable.variants if each.size is not None},
     )
 
 

@@ -205,6 +205,17 @@ def test_a_pipeline_becomes_a_bundle_that_the_server_reads(tmp_path: Path) -> No
     assert "spaced 'leading'" in bundles.read_record(written)["notes"][0]
 
 
+def test_a_pipeline_may_be_served_at_other_sizes(tmp_path: Path) -> None:
+    """Proved against torch at each; a pipeline over latents is refused."""
+    pipeline = DDPMPipeline(unet(), DDPMScheduler(num_train_timesteps=20))
+    (written,) = imported(tmp_path, pipeline, sizes=((8, 4),))
+    assert [(size.height, size.width) for size in server_bundle.read(written).message.model.sample_sizes] == [(8, 4)]
+    assert list(bundles.read_record(written)["export"]["parity"]["denoiser"]["sizes"]) == ["8x4"]
+    latent = LDMPipeline(autoencoder("kl"), unet(in_channels=2, out_channels=2), DDIMScheduler(num_train_timesteps=20))
+    with pytest.raises(ImportingError, match="sizes: must be empty"):
+        imported(tmp_path / "latent", latent, sizes=((8, 4),))
+
+
 @pytest.mark.parametrize(
     ("head", "license", "dataset"),
     [

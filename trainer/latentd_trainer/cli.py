@@ -181,13 +181,21 @@ def export(
     precision: Annotated[
         Literal["fp32", "fp16"], typer.Option(help="What the networks compute in; fp16 is for GPUs.")
     ] = "fp32",
+    sizes: Annotated[
+        str, typer.Option(help="Other sizes that may be asked for, HEIGHTxWIDTH with commas: 12x12,16x24 (diffusion).")
+    ] = "",
 ) -> None:
     """Write a run as a bundle. Each ONNX graph is proved equal to torch first."""
+    from latentd_trainer import dimensions
     from latentd_trainer import export as exporter
     from latentd_trainer.bundle import BundleError
     from latentd_trainer.checkpoint import CheckpointError
     from latentd_trainer.onnx_graph import GraphError
 
+    try:
+        others = dimensions.parse(sizes) if sizes else ()
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--sizes") from error
     try:
         directory = exporter.run(
             run,
@@ -198,6 +206,7 @@ def export(
             data_license=data_license,
             replace=replace,
             precision=precision,
+            sizes=others,
         )
     except (BundleError, CheckpointError, GraphError, OSError) as error:
         fail(error, 1)

@@ -9,6 +9,7 @@ from google.protobuf.descriptor import EnumDescriptor
 from latentd import names
 from latentd.v1 import bundle_pb2, model_pb2, tensor_pb2
 
+from latentd_trainer import dimensions
 from latentd_trainer.spec import Meaning, Role, Source
 
 _NOISE = {Source.SOURCE_NORMAL_NOISE, Source.SOURCE_UNIFORM_NOISE}
@@ -74,7 +75,7 @@ def bundle_violations(bundle: bundle_pb2.Bundle) -> list[str]:
     found += [f"networks: {count} graphs are in {file!r}; one each" for file, count in files.items() if count > 1]
     for network in bundle.networks:
         found += [f"{role_name(network.role)}: {violation}" for violation in _network_violations(network, bundle.model)]
-    found += _diffusion_violations(bundle)
+    found += _diffusion_violations(bundle) + dimensions.violations(bundle)
     return found
 
 

@@ -18,11 +18,12 @@ from latentd.digest import bundle_digest
 from latentd.v1 import bundle_pb2, model_pb2, tensor_pb2
 
 from latentd_trainer import bundle as bundles
-from latentd_trainer import card, half, licenses, onnx_graph, parity
+from latentd_trainer import card, dimensions, half, licenses, onnx_graph, parity
 from latentd_trainer.bundle import BundleError, VersionTakenError
 from latentd_trainer.checkpoint import CHECKPOINT_FILE, RunRecord, load_run
 from latentd_trainer.contract import bundle_violations, role_name
 from latentd_trainer.data import EMBEDDED, EMBEDDED_LICENSE
+from latentd_trainer.dimensions import Size
 from latentd_trainer.onnx_graph import GraphError
 from latentd_trainer.onnx_module import OnnxModule
 from latentd_trainer.parity import Precision
@@ -44,6 +45,7 @@ def run(
     data_license: str | None = None,
     replace: bool = False,
     precision: Precision = "fp32",
+    sizes: Sequence[Size] = (),
 ) -> Path:
     """Export what the run in `run_directory` has trained to `models/NAME/VERSION/`; see `write_bundle`.
 
@@ -68,6 +70,7 @@ def run(
         replace=replace,
         trained_steps=trained.step,
         precision=precision,
+        sizes=sizes,
     )
 
 
@@ -84,6 +87,7 @@ def write_bundle(
     replace: bool = False,
     trained_steps: int | None = None,
     precision: Precision = "fp32",
+    sizes: Sequence[Size] = (),
 ) -> Path:
     """Write what was trained to `models/NAME/VERSION/` and return that.
 
@@ -103,6 +107,7 @@ def write_bundle(
         replace: Whether an existing version may be replaced.
         trained_steps: How many steps it was trained for, which may be fewer than the settings ask for.
         precision: What the networks compute in.
+        sizes: Heights and widths beside the default that a server may be asked for; of a diffusion model.
 
     Raises:
         GraphError: see `package`.
@@ -121,6 +126,7 @@ def write_bundle(
         record={**training, "trained_steps": trained_steps},
     )
     beside = {CHECKPOINT_FILE: safetensors.torch.save(weights(spec))}
+    spec = dataclasses.replace(spec, sample_sizes=sizes)
     return package(
         spec, origin, models=models, name=name, version=version, replace=replace, beside=beside, precision=precision
     )
@@ -259,6 +265,7 @@ def declare(spec: ServingSpec, origin: Origin, reference: str) -> bundle_pb2.Bun
         class_probabilities=probabilities,
         diffusion=spec.diffusion,
         latent_space=spec.latent_space,
+        sample_sizes=[model_pb2.Size(height=height, width=width) for height, width in spec.sample_sizes],
         card=model_pb2.ModelCard(
             description=spec.description,
             license=origin.license,
@@ -322,19 +329,27 @@ def _export_graph(
     """The `.onnx` file of one network, and the figures that prove it equal to torch."""
     role = role_name(graph.role)
     example = parity.random_rows(network, onnx_graph.EXAMPLE_BATCH)
+    sized = dimensions.followers(network) if model.sample_sizes else frozenset[str]()
     graph.module.cpu()
     try:
         module = graph.module
-        exported = module.model if isinstance(module, OnnxModule) else onnx_graph.to_onnx(graph, example)
+        if isinstance(module, OnnxModule):
+            exported = onnx.ModelProto()
+            exported.CopyFrom(module.model)
+        else:
+            for size, variant in dimensions.at_each(network, model):
+                parity.require_size(dimensions.text(size), variant, lambda feeds: parity.run_torch(module, feeds))
+            exported = onnx_graph.to_onnx(graph, example, sized=sized)
+        onnx_graph.open_sizes(exported, sized)
         if precision == "fp16":
             exported = half.to_half(exported)
-        if violations := onnx_graph.graph_violations(exported, network):
+        if violations := onnx_graph.graph_violations(exported, network, sized):
             raise GraphError("the exported graph cannot be served: " + "; ".join(violations))
         data = onnx_graph.serialize(exported)
         proof = _prove(graph, network, model, data, precision)
     except GraphError as error:
         raise GraphError(f"{role}: {error}") from error
-    if not proof["row_invariant"]:
+    if not all(each["row_invariant"] for each in (proof, *proof.get("sizes", {}).values())):
         _log.warning("%s: a row's bytes depend on the batch it rides in; equal seeds will not give equal bytes", role)
     return data, {"opset": onnx_graph.opset(exported), **proof}
 
@@ -348,6 +363,26 @@ def _prove(
         GraphError: further than is allowed.
     """
     session = parity.open_session(data)
+    by_size: dict[str, Any] = {}
+    for size, variant in dimensions.at_each(network, model):
+        parity.require_size(dimensions.text(size), variant, lambda feeds: parity.run_onnx(session, feeds))
+        try:
+            by_size[dimensions.text(size)] = _prove_once(
+                graph, variant, dimensions.sized(model, size), session, precision
+            )
+        except GraphError as error:
+            raise GraphError(f"at {dimensions.text(size)}: {error}") from error
+    return _prove_once(graph, network, model, session, precision) | ({"sizes": by_size} if by_size else {})
+
+
+def _prove_once(
+    graph: Graph,
+    network: bundle_pb2.Network,
+    model: model_pb2.Model,
+    session: ort.InferenceSession,
+    precision: Precision,
+) -> dict[str, Any]:
+    """The same at one size of samples."""
     if isinstance(graph.module, OnnxModule):  # there is no torch to be equal to
         return {"row_invariant": parity.row_invariant(session, network)}
     proof: dict[str, Any] = {"deviation": parity.worst_deviation(graph.module, session, network, precision)}

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -23,6 +23,9 @@ batch size, which row invariance cannot bear."""
 BATCH = "batch"
 """Name of the symbolic first axis of every input and output."""
 
+HEIGHT, WIDTH = "height", "width"
+"""Names of the axes that a denoiser leaves open where samples may have several sizes."""
+
 EXAMPLE_BATCH = 2  # at 1 the exporter may take the batch for a constant
 
 _RANDOM_OPERATORS = frozenset(
@@ -39,13 +42,19 @@ def describe(feeds: Mapping[str, NDArray[Any]]) -> str:
     return ", ".join(f"{name} {rows.dtype}{list(rows.shape)}" for name, rows in feeds.items())
 
 
-def to_onnx(graph: Graph, example: Mapping[str, NDArray[Any]], opset: int = OPSET) -> onnx.ModelProto:
+def to_onnx(
+    graph: Graph,
+    example: Mapping[str, NDArray[Any]],
+    opset: int = OPSET,
+    sized: Collection[str] = (),
+) -> onnx.ModelProto:
     """Export one network with a symbolic batch axis, free of paths and of everything that varies between exports.
 
     Args:
         graph: The network; its module is on the CPU and in evaluation mode.
         example: One array for each input by name, [EXAMPLE_BATCH, *shape].
         opset: Version of the default operator set.
+        sized: Inputs whose last two axes are symbolic too.
 
     Raises:
         GraphError: the module is in training mode, or the exporter cannot express it.
@@ -61,7 +70,9 @@ def to_onnx(graph: Graph, example: Mapping[str, NDArray[Any]], opset: int = OPSE
                 dynamo=True,
                 input_names=[entry.name for entry in graph.inputs],
                 output_names=[result.name for result in graph.outputs],
-                dynamic_shapes=tuple({0: BATCH} for _ in graph.inputs),
+                dynamic_shapes=tuple(
+                    {0: BATCH, 2: HEIGHT, 3: WIDTH} if entry.name in sized else {0: BATCH} for entry in graph.inputs
+                ),
                 opset_version=opset,
                 external_data=False,
                 verbose=False,
@@ -91,15 +102,20 @@ def serialize(model: onnx.ModelProto) -> bytes:
         raise GraphError(f"the graph is over 2 GiB, more than one ONNX file can hold: {error}") from error
 
 
-def graph_violations(model: onnx.ModelProto, network: bundle_pb2.Network) -> list[str]:
-    """Everything in an ONNX graph that contradicts what the bundle says of it, or that could not be served."""
+def graph_violations(model: onnx.ModelProto, network: bundle_pb2.Network, sized: Collection[str] = ()) -> list[str]:
+    """Everything in an ONNX graph that contradicts what the bundle says of it, or that could not be served.
+
+    `sized` are the inputs and outputs that must leave their height and width open.
+    """
     found = []
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         found.append(f"onnx.checker: {error}")
-    found += _interface_violations("input", model.graph.input, [(entry.name, entry.spec) for entry in network.inputs])
-    found += _interface_violations("output", model.graph.output, [(out.name, out.spec) for out in network.outputs])
+    inputs = [(entry.name, entry.spec) for entry in network.inputs]
+    outputs = [(result.name, result.spec) for result in network.outputs]
+    found += _interface_violations("input", model.graph.input, inputs, sized)
+    found += _interface_violations("output", model.graph.output, outputs, sized)
     return found + content_violations(model)
 
 
@@ -127,7 +143,10 @@ def content_violations(model: onnx.ModelProto) -> list[str]:
 
 
 def _interface_violations(
-    kind: str, values: Sequence[onnx.ValueInfoProto], declared: Sequence[tuple[str, model_pb2.TensorSpec]]
+    kind: str,
+    values: Sequence[onnx.ValueInfoProto],
+    declared: Sequence[tuple[str, model_pb2.TensorSpec]],
+    sized: Collection[str],
 ) -> list[str]:
     names = [value.name for value in values]
     expected = [name for name, _ in declared]
@@ -143,8 +162,11 @@ def _interface_violations(
                 f"holds {onnx.TensorProto.DataType.Name(tensor.elem_type)}"
             )
         axes = [axis.dim_param or axis.dim_value for axis in tensor.shape.dim]
-        if axes != [BATCH, *spec.shape]:
-            found.append(f"{kind} {name!r}: must be of shape {[BATCH, *spec.shape]}, is {axes}")
+        wanted = [BATCH, *spec.shape]
+        if name in sized:
+            wanted[-2:] = HEIGHT, WIDTH
+        if axes != wanted:
+            found.append(f"{kind} {name!r}: must be of shape {wanted}, is {axes}")
     return found
 
 
@@ -155,6 +177,14 @@ def set_shape(value: onnx.ValueInfoProto, shape: Sequence[int]) -> None:
     axes.add().dim_param = BATCH
     for extent in shape:
         axes.add().dim_value = extent
+
+
+def open_sizes(model: onnx.ModelProto, sized: Collection[str]) -> None:
+    """Write, in place, into inputs and outputs of these names that their last two axes are open."""
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name in sized:
+            for axis, name in zip(value.type.tensor_type.shape.dim[-2:], (HEIGHT, WIDTH), strict=True):
+                axis.dim_param = name
 
 
 def strip(model: onnx.ModelProto) -> None:

@@ -104,6 +104,24 @@ def run_torch(module: nn.Module, feeds: Feeds) -> list[NDArray[Any]]:
     return [tensor.numpy() for tensor in (result if isinstance(result, tuple) else (result,))]
 
 
+def require_size(size: str, network: bundle_pb2.Network, run: Run) -> None:
+    """Make sure that a network takes samples of a size.
+
+    Raises:
+        GraphError: it does not run, or does not answer with what the bundle says.
+    """
+    rows = 2
+    hint = "the sides must halve as often as the network halves them, and nothing in it may be made for one size"
+    try:
+        answers = run(random_rows(network, rows))
+    except Exception as error:  # a module may raise anything
+        raise GraphError(f"takes no samples of {size}: {' '.join(str(error).split())[:300]}; {hint}") from error
+    for output, values in zip(network.outputs, answers, strict=True):
+        if values.shape != (rows, *output.spec.shape):
+            got = list(values.shape)
+            raise GraphError(f"takes no samples of {size}: answers {[rows, *output.spec.shape]} with {got}; {hint}")
+
+
 def worst_deviation(
     module: nn.Module,
     session: ort.InferenceSession,

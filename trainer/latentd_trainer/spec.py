@@ -71,6 +71,7 @@ class ServingSpec:
     diffusion: model_pb2.DiffusionSpec | None = None
     sample_range: tuple[float, float] = field(default=(-1.0, 1.0))
     sample_levels: int = 0  # evenly spaced values in that range that data have; 0: continuous, or of no concern
+    sample_sizes: Sequence[tuple[int, int]] = ()  # other heights and widths that a denoiser's samples may have
     latent_range: tuple[float, float] | None = None  # (0, 1) where the prior is U[0, 1); else it is N(0, 1)
     latent_space: model_pb2.LatentSpace | None = None  # whose latents, of `latent_shape`, a denoiser walks over
     class_conditional: bool = True  # whether the model knows the data's classes

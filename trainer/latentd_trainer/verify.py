@@ -1,7 +1,7 @@
 """Checks of a bundle on disk, from its JSON down to what its graphs answer."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from latentd_trainer import bundle as bundles
-from latentd_trainer import export, onnx_graph, parity
+from latentd_trainer import dimensions, export, onnx_graph, parity
 from latentd_trainer.bundle import BundleError
 from latentd_trainer.checkpoint import CHECKPOINT_FILE, build_family
 from latentd_trainer.contract import bundle_violations, role_name
@@ -120,11 +120,12 @@ def _graph_checks(
     except OSError as error:
         yield Check(path.name, "sha256", [f"cannot be read: {error.strerror}"])
         return
+    sized = dimensions.followers(network) if model.sample_sizes else frozenset[str]()
     digest = bundles.sha256(data)
     wrong = [] if digest == network.sha256 else [f"sha256 is {digest}, {names.BUNDLE_FILE} says {network.sha256}"]
     yield Check(path.name, "sha256", wrong)
     try:
-        contradictions = onnx_graph.graph_violations(onnx.load_model_from_string(data), network)
+        contradictions = onnx_graph.graph_violations(onnx.load_model_from_string(data), network, sized)
     except DecodeError as error:
         contradictions = [f"is no ONNX file: {error}"]
     yield Check(path.name, f"inputs and outputs agree with {names.BUNDLE_FILE}", contradictions)
@@ -134,6 +135,8 @@ def _graph_checks(
     try:
         session = parity.open_session(data)
         yield Check(path.name, f"runs at batch sizes {SMOKE_SIZES}", _smoke_failures(session, network))
+        for size, variant in dimensions.at_each(network, model):
+            yield Check(path.name, f"runs with samples of {dimensions.text(size)}", _smoke_failures(session, variant))
         invariant = parity.row_invariant(session, network)
     except GraphError as error:
         yield Check(path.name, "runs", [str(error)])
@@ -144,6 +147,9 @@ def _graph_checks(
         yield Check(path.name, "equals torch", skipped=True, note=why_not)
         return
     yield _parity_check(path.name, session, network, model, spec, precision)
+    for size, variant in dimensions.at_each(network, model):
+        each = _parity_check(path.name, session, variant, dimensions.sized(model, size), spec, precision)
+        yield replace(each, name=f"{each.name} at {dimensions.text(size)}")
 
 
 def _smoke_failures(session: ort.InferenceSession, network: bundle_pb2.Network) -> list[str]:

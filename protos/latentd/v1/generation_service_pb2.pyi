@@ -11,6 +11,7 @@ import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import latentd.v1.model_pb2
 import latentd.v1.tensor_pb2
 import sys
 import typing
@@ -99,6 +100,7 @@ class SampleRequest(google.protobuf.message.Message):
     OUTPUT_DATA_TYPE_FIELD_NUMBER: builtins.int
     OUTPUT_MODE_FIELD_NUMBER: builtins.int
     FIRST_SAMPLE_INDEX_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Required. `NAME` or `NAME@VERSION`."""
     sample_count: builtins.int
@@ -133,6 +135,12 @@ class SampleRequest(google.protobuf.message.Message):
     def diffusion(self) -> Global___DiffusionOptions:
         """Diffusion models only."""
 
+    @property
+    def size(self) -> latentd.v1.model_pb2.Size:
+        """Height and width of the samples: that of `Model.sample_spec`, or one of
+        `Model.sample_sizes`. If unset, that of `sample_spec`.
+        """
+
     def __init__(
         self,
         *,
@@ -145,9 +153,10 @@ class SampleRequest(google.protobuf.message.Message):
         output_data_type: latentd.v1.tensor_pb2.DataType.ValueType = ...,
         output_mode: Global___OutputMode.ValueType = ...,
         first_sample_index: builtins.int = ...,
+        size: latentd.v1.model_pb2.Size | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "condition", b"condition", "diffusion", b"diffusion", "seed", b"seed", "temperature", b"temperature"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "condition", b"condition", "diffusion", b"diffusion", "first_sample_index", b"first_sample_index", "model", b"model", "output_data_type", b"output_data_type", "output_mode", b"output_mode", "sample_count", b"sample_count", "seed", b"seed", "temperature", b"temperature"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "condition", b"condition", "diffusion", b"diffusion", "seed", b"seed", "size", b"size", "temperature", b"temperature"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "condition", b"condition", "diffusion", b"diffusion", "first_sample_index", b"first_sample_index", "model", b"model", "output_data_type", b"output_data_type", "output_mode", b"output_mode", "sample_count", b"sample_count", "seed", b"seed", "size", b"size", "temperature", b"temperature"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
     @typing.overload

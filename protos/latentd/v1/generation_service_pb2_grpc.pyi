@@ -130,6 +130,8 @@ class GenerationServiceStub(typing.Generic[_GenerationServiceSampleType, _Genera
     data (alpha 1, sigma 0). This is the convention of DDPM and of diffusers.
     Where a model has a `Model.latent_space` they are latents: DenoiseStep, loops and previews
     take and give `latent_spec`'s shape wherever they say *sample.
+    Where a model has `Model.sample_sizes` a tensor of any of them is taken wherever *sample is
+    said, by its shape; all tensors of one request have one size.
 
     Determinism. With equal `resolved_request` and equal `determinism_class`, the
     bytes of every sample are equal, whatever else the server is doing.
@@ -252,6 +254,8 @@ class GenerationServiceServicer(metaclass=abc.ABCMeta):
     data (alpha 1, sigma 0). This is the convention of DDPM and of diffusers.
     Where a model has a `Model.latent_space` they are latents: DenoiseStep, loops and previews
     take and give `latent_spec`'s shape wherever they say *sample.
+    Where a model has `Model.sample_sizes` a tensor of any of them is taken wherever *sample is
+    said, by its shape; all tensors of one request have one size.
 
     Determinism. With equal `resolved_request` and equal `determinism_class`, the
     bytes of every sample are equal, whatever else the server is doing.

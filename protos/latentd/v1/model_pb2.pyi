@@ -164,6 +164,7 @@ class Model(google.protobuf.message.Message):
     CLASS_PROBABILITIES_FIELD_NUMBER: builtins.int
     DETERMINISM_FIELD_NUMBER: builtins.int
     LATENT_SPACE_FIELD_NUMBER: builtins.int
+    SAMPLE_SIZES_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Canonical reference, `NAME@VERSION`, e.g. `mnist-ddpm@3`.
     NAME matches [a-z]([a-z0-9-]{0,61}[a-z0-9])?, VERSION matches [1-9][0-9]{0,8}.
@@ -227,6 +228,13 @@ class Model(google.protobuf.message.Message):
         clipped to, and `sample_spec` is that other model's.
         """
 
+    @property
+    def sample_sizes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Size]:
+        """Heights and widths that samples can have beside those of `sample_spec`, where a request asks
+        for them: what the network takes as well. Diffusion models only, without `latent_space`;
+        x_t and the latents of Encode and Decode then have them too.
+        """
+
     def __init__(
         self,
         *,
@@ -244,11 +252,34 @@ class Model(google.protobuf.message.Message):
         class_probabilities: collections.abc.Iterable[builtins.float] | None = ...,
         determinism: Global___ModelDeterminism | None = ...,
         latent_space: Global___LatentSpace | None = ...,
+        sample_sizes: collections.abc.Iterable[Global___Size] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["card", b"card", "determinism", b"determinism", "diffusion", b"diffusion", "latent_space", b"latent_space", "latent_spec", b"latent_spec", "sample_spec", b"sample_spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["card", b"card", "class_names", b"class_names", "class_probabilities", b"class_probabilities", "determinism", b"determinism", "diffusion", b"diffusion", "digest", b"digest", "failure_reason", b"failure_reason", "family", b"family", "latent_space", b"latent_space", "latent_spec", b"latent_spec", "methods", b"methods", "name", b"name", "sample_spec", b"sample_spec", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["card", b"card", "class_names", b"class_names", "class_probabilities", b"class_probabilities", "determinism", b"determinism", "diffusion", b"diffusion", "digest", b"digest", "failure_reason", b"failure_reason", "family", b"family", "latent_space", b"latent_space", "latent_spec", b"latent_spec", "methods", b"methods", "name", b"name", "sample_sizes", b"sample_sizes", "sample_spec", b"sample_spec", "state", b"state"]) -> None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
+
+@typing.final
+class Size(google.protobuf.message.Message):
+    """Height and width of a sample: the second and the third extent of [C, H, W]."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEIGHT_FIELD_NUMBER: builtins.int
+    WIDTH_FIELD_NUMBER: builtins.int
+    height: builtins.int
+    """Rows of pixels."""
+    width: builtins.int
+    """Columns of pixels."""
+    def __init__(
+        self,
+        *,
+        height: builtins.int = ...,
+        width: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["height", b"height", "width", b"width"]) -> None: ...
+
+Global___Size: typing_extensions.TypeAlias = Size
 
 @typing.final
 class LatentSpace(google.protobuf.message.Message):
@@ -330,13 +361,14 @@ class ModelDeterminism(google.protobuf.message.Message):
 
     @typing.final
     class Graph(google.protobuf.message.Message):
-        """One of the model's networks."""
+        """One of the model's networks, at one size of samples."""
 
         DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
         FILE_FIELD_NUMBER: builtins.int
         PROMISE_FIELD_NUMBER: builtins.int
         BATCH_SIZES_FIELD_NUMBER: builtins.int
+        SAMPLE_SIZE_FIELD_NUMBER: builtins.int
         file: builtins.str
         """Its file in the bundle, e.g. `denoiser.onnx`."""
         promise: Global___ModelDeterminism.Promise.ValueType
@@ -345,14 +377,20 @@ class ModelDeterminism(google.protobuf.message.Message):
         def batch_sizes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
             """The numbers of rows it is called with, rising."""
 
+        @property
+        def sample_size(self) -> Global___Size:
+            """Which of `Model.sample_sizes` this is about; unset for `sample_spec`."""
+
         def __init__(
             self,
             *,
             file: builtins.str = ...,
             promise: Global___ModelDeterminism.Promise.ValueType = ...,
             batch_sizes: collections.abc.Iterable[builtins.int] | None = ...,
+            sample_size: Global___Size | None = ...,
         ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["batch_sizes", b"batch_sizes", "file", b"file", "promise", b"promise"]) -> None: ...
+        def HasField(self, field_name: typing.Literal["sample_size", b"sample_size"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["batch_sizes", b"batch_sizes", "file", b"file", "promise", b"promise", "sample_size", b"sample_size"]) -> None: ...
 
     DETERMINISM_CLASS_FIELD_NUMBER: builtins.int
     GRAPHS_FIELD_NUMBER: builtins.int
@@ -365,7 +403,7 @@ class ModelDeterminism(google.protobuf.message.Message):
     """For people: what is promised of which network, and why not more."""
     @property
     def graphs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModelDeterminism.Graph]:
-        """Every network of the model."""
+        """Every network of the model, at every size."""
 
     def __init__(
         self,

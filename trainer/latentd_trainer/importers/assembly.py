@@ -174,6 +174,7 @@ def _spec(described: ModelFile[Any], graphs: Sequence[Graph], sample_shape: tupl
         diffusion=described.diffusion.spec() if described.diffusion is not None else None,
         sample_range=described.sample.range,
         sample_levels=described.sample.levels or 0,
+        sample_sizes=described.sample.sizes,
         latent_range=(0.0, 1.0) if described.latent.prior == "uniform" else None,
         likelihood=None if described.likelihood is None else described.likelihood.message(),
     )

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from latentd_trainer import licenses
+from latentd_trainer import dimensions, licenses
 from latentd_trainer.terminal import console, errors, fail, license_option
 
 app = typer.Typer(
@@ -59,6 +59,10 @@ def import_diffusers(
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Size of the network's samples; its own if not given.")
     ] = None,
+    sizes: Annotated[
+        str,
+        typer.Option(help="Other sizes that may be asked for, as 64x64,64x96; of a pipeline without an autoencoder."),
+    ] = "",
     steps: Annotated[
         int | None, typer.Option(min=1, help="Default number of steps; 50, or all for DDPM, if not given.")
     ] = None,
@@ -85,11 +89,16 @@ def import_diffusers(
 
     if size is not None and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", size):
         fail(f"--size {size}: must be HxW, as 32x32", 2)
+    try:
+        others = dimensions.parse(sizes) if sizes else ()
+    except ValueError as error:
+        fail(f"--sizes: {error}", 2)
     wishes = diffusers_folder.Wishes(
         name=name,
         class_names=tuple(class_names.split(",")) if class_names else (),
         unconditional_class=unconditional_class,
         size=None if size is None else (int(size.partition("x")[0]), int(size.partition("x")[2])),
+        sizes=others,
         step_count=steps,
         license=license_,
         data_license=data_license or licenses.UNKNOWN,

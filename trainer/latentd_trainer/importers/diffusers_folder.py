@@ -37,6 +37,7 @@ class Wishes:
     class_names: tuple[str, ...] = ()  # "0", "1" ... if not given
     unconditional_class: int | None = None  # the row of the class embedding that means no class
     size: tuple[int, int] | None = None  # height and width that the network is run at; its own if not given
+    sizes: tuple[tuple[int, int], ...] = ()  # others that a server may be asked for, of a pipeline over pixels
     step_count: int | None = None  # default number of steps
     license: str | None = None  # of the weights; what the folder's model card says if not given
     data_license: str = licenses.UNKNOWN
@@ -55,6 +56,8 @@ def run(
     parts = _parts(folder)
     unet = _unet(folder, parts)
     autoencoder = _autoencoder(folder, parts)
+    if autoencoder is not None and wishes.sizes:
+        raise ImportingError("sizes: must be empty, for the autoencoder beside the network is made for one size here")
     walk = diffusers_schedulers.read(str(folder / "scheduler"), parts["scheduler"], wishes.step_count)
     classes = _class_names(unet, wishes)
     shape = _shape(unet, wishes)
@@ -75,7 +78,7 @@ def run(
         name = f"{wishes.name}-vae"
         written.append(package(other, origin(class_names=(), record=record), name=name))
     denoiser = Denoiser(unet, len(walk.spec.alphas), wishes.unconditional_class)
-    spec = _denoiser_spec(denoiser, walk, shape)
+    spec = _denoiser_spec(denoiser, walk, shape, wishes.sizes)
     if other is not None:
         spec = _over_latents(spec, other, bundles.read(written[0]).model)
     whole = record | {"notes": walk.notes}
@@ -205,7 +208,12 @@ def _shape(unet: Any, wishes: Wishes) -> tuple[int, int, int]:
     return unet.config.in_channels, height, width
 
 
-def _denoiser_spec(denoiser: Denoiser, walk: diffusers_schedulers.Walk, shape: tuple[int, int, int]) -> ServingSpec:
+def _denoiser_spec(
+    denoiser: Denoiser,
+    walk: diffusers_schedulers.Walk,
+    shape: tuple[int, int, int],
+    sizes: tuple[tuple[int, int], ...],
+) -> ServingSpec:
     label = GraphInput("label", Source.SOURCE_CLASS_LABEL, (), tensor_pb2.DATA_TYPE_INT64)
     graph = Graph(
         role=Role.ROLE_DENOISER,
@@ -230,6 +238,7 @@ def _denoiser_spec(denoiser: Denoiser, walk: diffusers_schedulers.Walk, shape: t
             model_pb2.Model.METHOD_SCORE,
         ),
         sample_shape=shape,
+        sample_sizes=sizes,
         latent_shape=shape,
         description="Denoising diffusion model, imported from a diffusers pipeline.",
         reference_uri="https://arxiv.org/abs/2006.11239",

@@ -93,6 +93,7 @@ class SampleSpec(Part):
     range: tuple[float, float] = (-1.0, 1.0)
     levels: Annotated[int, Field(ge=2)] | None = None  # evenly spaced values that data have, as 256; else continuous
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None  # [C, H, W]; what the graphs say if not given
+    sizes: tuple[tuple[PositiveInt, PositiveInt], ...] = ()  # other [height, width] that a denoiser takes
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
