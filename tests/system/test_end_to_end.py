@@ -44,10 +44,15 @@ def test_every_method_of_every_family_answers(server: Running) -> None:
         real = client.score("tiny-gan", images, label=3).array
         assert ((real >= 0) & (real <= 1)).all()
         assert (client.score("tiny-vae", images, label=3, seed=0).array < 0).all()
+        inverted = client.encode("tiny-gan", images, label=2).latents
+        assert client.decode("tiny-gan", inverted, label=2).array.shape == images.shape
+        bound = client.score("tiny-diffusion", images, label=3, seed=0, timestep_count=4).array
+        assert np.isfinite(bound).all()
         with pytest.raises(
-            MethodUnsupported, match="tiny-gan@1 does not support Encode; it supports Sample, Decode, Score"
+            MethodUnsupported,
+            match="tiny-gan@1 does not support DenoiseStep; it supports Sample, Encode, Decode, Score",
         ):
-            client.encode("tiny-gan", images)
+            client.denoise_step("tiny-gan", images, 999, 899, label=1)
         with client.denoise_loop("tiny-diffusion", 2, seed=4, steps=4, label=5) as loop:
             states = [step.state for step in loop]
         assert states[-1] is not None
