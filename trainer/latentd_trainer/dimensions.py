@@ -4,8 +4,6 @@ from collections.abc import Iterator
 
 from latentd.v1 import bundle_pb2, model_pb2
 
-from latentd_trainer.spec import Meaning, Role, Source
-
 Size = tuple[int, int]
 """Height and width."""
 
@@ -43,7 +41,7 @@ def violations(bundle: bundle_pb2.Bundle) -> list[str]:
     found = []
     if not model.HasField("diffusion") or model.HasField("latent_space"):
         found.append("only a diffusion model over samples can have other sizes")
-    if any(network.role != Role.ROLE_DENOISER for network in bundle.networks):
+    if any(network.role != bundle_pb2.Network.ROLE_DENOISER for network in bundle.networks):
         found.append("a model of several sizes can have no graph beside its denoiser")
     seen = {tuple(model.sample_spec.shape[1:])}
     for size in sizes:
@@ -57,9 +55,10 @@ def violations(bundle: bundle_pb2.Bundle) -> list[str]:
 
 def followers(network: bundle_pb2.Network) -> frozenset[str]:
     """The inputs and outputs of a denoiser that have the height and width of samples."""
-    inputs = [entry.name for entry in network.inputs if entry.source == Source.SOURCE_SAMPLE]
+    inputs = [entry.name for entry in network.inputs if entry.source == bundle_pb2.NetworkInput.SOURCE_SAMPLE]
     return frozenset(
-        inputs + [result.name for result in network.outputs if result.meaning == Meaning.MEANING_PREDICTION]
+        inputs
+        + [result.name for result in network.outputs if result.meaning == bundle_pb2.NetworkOutput.MEANING_PREDICTION]
     )
 
 
