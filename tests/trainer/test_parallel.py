@@ -39,6 +39,10 @@ for _ in range(3):
 """
 
 
+OLDER = ("sigmoid_belief_net", "helmholtz", "predictability_minimization")
+"""They train in seconds, and torchrun takes longer to start; the loop they share with the others is tested by those."""
+
+
 def torchrun(*arguments: str | Path) -> None:
     """Run a program as two processes; raises CalledProcessError if one fails."""
     subprocess.run(
@@ -49,7 +53,9 @@ def torchrun(*arguments: str | Path) -> None:
     )
 
 
-@pytest.mark.parametrize("family", SETTINGS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.soak] if name in OLDER else []) for name in SETTINGS]
+)
 def test_two_processes_train_what_one_does(tmp_path: Path, family: str) -> None:
     """Under torchrun, with the same global batch, weights, averages and logged losses agree to float tolerance."""
     settings = [f"steps={STEPS}", "batch_size=8", *SETTINGS[family]]
