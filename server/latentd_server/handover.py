@@ -35,7 +35,7 @@ class HandOver:
         self._jobs = 0  # among them
         self._jobs_seen = 0  # at the last turn
         self._turns_left = 0
-        self._lonely = 0  # jobs in a row that were alone
+        self._lonely = LONELY  # jobs in a row that were alone; at first nobody has company
 
     def tell(self, command: Command) -> None:
         """Hand a command over at the end of this turn, and all before it."""

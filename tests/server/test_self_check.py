@@ -16,6 +16,7 @@ from latentd.v1 import generation_service_pb2 as pb
 from latentd_server import resolve, samplers
 from latentd_server.certificate_cache import CertificateCache
 from latentd_server.engine import Engine
+from latentd_server.handover import QUIET_TURNS
 from latentd_server.job import CallJob, Event, Finished, Job, Noise, Start, StepJob
 from latentd_server.loading import LoadedModel, Terms, load
 from latentd_server.metrics import Metrics
@@ -288,7 +289,7 @@ async def bench(loaded: dict[str, LoadedModel]) -> AsyncIterator[Bench]:
 
 async def handed_over() -> None:
     """Let the event loop turn until the device thread has been told what was asked for."""
-    for _ in range(3):
+    for _ in range(QUIET_TURNS + 2):
         await asyncio.sleep(0)
 
 
