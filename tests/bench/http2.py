@@ -115,7 +115,7 @@ class Connection(asyncio.Protocol):
                 self._unacknowledged = 0
         elif kind == _HEADERS:
             if not flags & _END_HEADERS:
-                raise NotImplementedError("headers in several frames")
+                raise RuntimeError("this client reads headers of one frame only, and the server sent more")
             if flags & _END_STREAM:
                 self._end(stream, _read_end(payload))
         elif kind == _RESET:

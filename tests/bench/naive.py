@@ -54,8 +54,8 @@ async def _serve(directory: Path, threads: int, *, empty: bool) -> None:
     bundle = bare.read(directory)
     server = grpc.aio.server()
     servicer = _Empty() if empty else _Decodes(directory, bundle, threads)
-    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(_Models(bundle), server)  # type: ignore[no-untyped-call]
+    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]  # stubs
+    model_service_pb2_grpc.add_ModelServiceServicer_to_server(_Models(bundle), server)  # type: ignore[no-untyped-call]  # stubs
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(port, flush=True)

@@ -494,8 +494,8 @@ async def test_a_failed_call_whose_jobs_have_left_says_nothing_of_the_device(roo
     """It is no success that starts the count of failures anew, and no failure either."""
     bench = await Bench.start(root)
     key = ("tiny-diffusion@1", bundle_pb2.Network.ROLE_DENOISER)
-    runner = Deserted(bench.engine._runners[key], bench.engine)  # type: ignore[arg-type]
-    bench.engine.attach({key: runner})  # type: ignore[dict-item]
+    runner = Deserted(bench.engine._runners[key], bench.engine)  # type: ignore[arg-type]  # a step runner
+    bench.engine.attach({key: runner})  # type: ignore[dict-item]  # half a Runner does
 
     async def leave() -> None:
         calls = runner.calls

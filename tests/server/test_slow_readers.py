@@ -132,7 +132,7 @@ async def test_a_reader_that_may_stop_for_ever_does_not_keep_its_model(open_call
             await call.done_writing()
             *_, last = await asyncio.wait_for(read_to_the_end(call), 10)
             assert last.final
-            told = last.error.message  # type: ignore[attr-defined]
+            told = last.error.message  # type: ignore[attr-defined]  # untyped stubs
         else:
             with pytest.raises(aio.AioRpcError) as caught:
                 await asyncio.wait_for(read_to_the_end(call), 10)

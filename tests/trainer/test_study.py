@@ -46,7 +46,7 @@ def add_claim(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Setti
 
     def add(name: str, function: Callable[[Settings], Section]) -> None:
         module = ModuleType(name)
-        module.study = function  # type: ignore[attr-defined]
+        module.study = function  # type: ignore[attr-defined]  # a module made here
         monkeypatch.setitem(sys.modules, f"latentd_trainer.study.{name}", module)
 
     for name in CLAIMS:

@@ -186,7 +186,7 @@ class Labels:
 def test_guidance_is_a_line_through_both_predictions(scale_: float, answer: float, asked: set[int]) -> None:
     """Of x0 = label the walk gives (1 - w)(-1) + w 4; at 1 and 0 only one of the two is asked for."""
     graphs = Labels()
-    images = walk(graphs, np.array([4, 4]), 3, np.random.default_rng(0), guidance_scale=scale_)  # type: ignore[arg-type]
+    images = walk(graphs, np.array([4, 4]), 3, np.random.default_rng(0), guidance_scale=scale_)  # type: ignore[arg-type]  # a fake
     np.testing.assert_allclose(images, answer, rtol=1e-6)
     assert set(graphs.asked) == asked
 
