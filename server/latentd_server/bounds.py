@@ -87,11 +87,10 @@ def _visits(
     runs = terms - 1
     edges = 1 + np.arange(runs + 1) * (timestep_count - 1) // max(1, runs)
     lengths = np.diff(edges)
-    keys = np.repeat(np.arange(rows, dtype=np.int64), draws), np.tile(np.arange(draws, dtype=np.int64), rows)
     points = np.zeros((rows * draws, runs))
     if 0 < runs < timestep_count - 1:
-        words = np.full(rows * draws, _TIMESTEPS)
-        points = noise.uniforms(np.full(rows * draws, seed), *keys, words, runs).astype(np.float64)
+        own = [run for row in range(rows) for run in noise.runs(_TIMESTEPS, seed, [row] * draws, range(draws))]
+        points = noise.uniforms(own, runs).astype(np.float64)
     drawn = edges[:-1] + (points * lengths).astype(np.int64)
     timesteps = np.concatenate([np.zeros((rows * draws, 1), np.int64), drawn], axis=1)
     weights = np.broadcast_to(np.concatenate([[1.0], lengths]), timesteps.shape)

@@ -18,27 +18,20 @@ class Draws:
     """Rows of noise that are wanted, in the order in which they are asked for."""
 
     def __init__(self) -> None:
-        self._seeds: list[int] = []
-        self._samples: list[int] = []
-        self._steps: list[int] = []
-        self._words: list[int] = []
+        self._runs: list[noise.Run] = []
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._seeds)
+        return self._count
 
     def want(self, word: int, seed: int, samples: Sequence[int], steps: Sequence[int]) -> None:
         """Ask for one row for each of `samples` and `steps`; `word` is `noise.word`'s."""
-        count = len(samples)
-        self._seeds += [seed] * count
-        self._samples += samples
-        self._steps += steps
-        self._words += [word] * count
+        self._runs += noise.runs(word, seed, samples, steps)
+        self._count += len(samples)
 
     def draw(self, size: int, *, uniform: bool = False) -> NDArray[np.float32]:
         """All that was asked for: [k, size] f32."""
-        fields = np.array([self._seeds, self._samples, self._steps, self._words], np.int64)
-        seeds, samples, steps, words = fields
-        return (noise.uniforms if uniform else noise.normals)(seeds, samples, steps, words, size)
+        return (noise.uniforms if uniform else noise.normals)(self._runs, size)
 
 
 @dataclass(slots=True)

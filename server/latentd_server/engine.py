@@ -130,7 +130,7 @@ class Engine:
         self._admission_lock = threading.Lock()
         self._leavers: set[int] = set()  # cancelled, and still on the books; both sides' own
         self._commands: queue.SimpleQueue[list[Command]] = queue.SimpleQueue()
-        self._hand_over = HandOver(self._loop, clock, self._commands)
+        self._hand_over = HandOver(self._loop, clock, self._commands, max_rows)
         # From here on: the device thread's own.
         self._runners: dict[GraphKey, Runner] = {}
         self._newcomers: list[tuple[dict[GraphKey, Runner], bool]] = []  # not yet among them
@@ -190,7 +190,7 @@ class Engine:
         self._models[job_id] = {stage.model for stage in stages(job)}
         self._idle.clear()
         admit = partial(self._admit, job_id, job, caller, priority, now, deadline)
-        self._hand_over.submit(admit, alone=len(self._sinks) == 1)
+        self._hand_over.submit(admit, job.lane_count, alone=len(self._sinks) == 1)
         return job_id
 
     @property

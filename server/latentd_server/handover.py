@@ -20,19 +20,26 @@ class HandOver:
 
     What one turn of the loop asks for goes together always. Where calls of the network are short, waking a thread for a
     job costs more than its call does, so while jobs overlap they are kept until none has come for some turns of the
-    loop. Long calls collect jobs by themselves, and a caller that is alone waits for nobody.
+    loop, or a batch is full. Long calls collect jobs by themselves, and a caller that is alone waits for nobody.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, clock: Callable[[], float], to: queue.SimpleQueue[list[Command]]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], float],
+        to: queue.SimpleQueue[list[Command]],
+        full_lanes: int,
     ) -> None:
+        """`full_lanes` fill a batch."""
         self.calls_are_short = False  # the device thread says so
         self._loop = loop
         self._clock = clock
         self._to = to
+        self._full_lanes = full_lanes
         self._commands: list[Command] = []
         self._since_s = 0.0  # when the first of them came
         self._jobs = 0  # among them
+        self._lanes = 0  # of those
         self._jobs_seen = 0  # at the last turn
         self._turns_left = 0
         self._lonely = LONELY  # jobs in a row that were alone; at first nobody has company
@@ -42,11 +49,14 @@ class HandOver:
         self._add(command)
         self._turns_left = 0
 
-    def submit(self, command: Command, *, alone: bool) -> None:
-        """Hand over a command that brings a job; `alone` is whether there is no other job."""
+    def submit(self, command: Command, lanes: int, *, alone: bool) -> None:
+        """Hand over a command that brings a job of so many lanes; `alone` is whether there is no other job."""
         self._lonely = self._lonely + 1 if alone else 0
         self._jobs += 1
+        self._lanes += lanes
         self._add(command)
+        if self._lanes >= self._full_lanes:
+            self._turns_left = 0
 
     def _add(self, command: Command) -> None:
         if not self._commands:
@@ -62,5 +72,5 @@ class HandOver:
             if self._clock() - self._since_s < LONGEST_S:
                 self._loop.call_soon(self._turn)
                 return
-        commands, self._commands, self._jobs = self._commands, [], 0
+        commands, self._commands, self._jobs, self._lanes = self._commands, [], 0, 0
         self._to.put(commands)

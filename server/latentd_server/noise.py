@@ -1,35 +1,29 @@
-"""Counter-based noise: every number is a function of (seed, sample, step, purpose, element) and of nothing else.
+"""Counter-based noise: every number is a function of (seed, purpose, sample, step, element) and of nothing else.
 
-Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) is keyed with the seed's
-64 bits and counts in four words: (block of four elements, step, sample, purpose and stream). Rows of different requests
-are drawn in one call and do not see each other, so a sample's noise is the same alone and in any batch.
+The integers are those of NumPy's `Philox`, which is Philox4x64-10 (Salmon et al., "Parallel Random Numbers: As Easy as
+1, 2, 3", SC 2011), whose stream NumPy keeps as it is (NEP 19). Its key is the seed and the purpose, 64 bits each. Its
+counter begins at (row x blocks of a row, the other index, 0, 0); a block is eight numbers. Which of sample and step is
+the row, and which the other index, is the purpose's (`_BY_STEP`): what is usually drawn together lies together, and is
+made in one call. Rows of different requests do not see each other, so a sample's noise is the same alone and in any
+batch.
 
-The map from integers to normals is in `normal_quantile.py`; like Philox it uses exactly rounded operations only,
+The map from integers to normals is in `quantile_table.py`; like Philox it uses exactly rounded operations only,
 so that the bytes depend neither on NumPy's version nor on the CPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentd_server.normal_quantile import normal_quantile
+from latentd_server.quantile_table import normals_of
 
-Indices = NDArray[np.int64]
-Words = NDArray[np.uint64]  # 32-bit words, held in 64 bits so that their products fit
-
-_WORD = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
-_FACTORS = 0xD2511F53, 0xCD9E8D57
-_INCREMENTS = 0x9E3779B9, 0xBB67AE85
-_MULTIPLIERS = np.array(_FACTORS, dtype=np.uint64)[:, None]
-_KEY_INCREMENTS = np.array(_INCREMENTS, dtype=np.uint64)[:, None]
-_ROUNDS = 10
-_FEW = 8
-"""Numbers up to which Python's integers are faster than arrays."""
-_BLOCKS_PER_CHUNK = 4096  # what is computed at once stays in a core's caches
+_WORD = 2**64 - 1
+_PER_BLOCK = 8  # 32-bit words; a block is four of 64 bits
+_MOST = 2**31
+_PURPOSE_BITS = 8
 
 
 class Purpose(IntEnum):
@@ -45,11 +39,12 @@ class Purpose(IntEnum):
     KNOWN = 7  # q(x_t | x0) of what is known of a sample, at every step
 
 
-_PURPOSE_BITS = 8
+_BY_STEP = frozenset({Purpose.STEP, Purpose.SCORE})
+"""Purposes of which one sample's draws lie behind one another; of the others, one draw's samples do."""
 
 
 def word(purpose: Purpose, stream: int = 0) -> int:
-    """The counter's last word: what a draw is for, and which of several independent draws for it this is.
+    """The key's second half: what a draw is for, and which of several independent draws for it this is.
 
     Stream 0 is the purpose itself. A graph's noise inputs take streams 0, 1, 2 ... in the graph's order, of whichever
     distribution they are: normals and uniforms of one counter are functions of each other.
@@ -57,40 +52,73 @@ def word(purpose: Purpose, stream: int = 0) -> int:
     return int(purpose) + (stream << _PURPOSE_BITS)
 
 
-def normals(
-    seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose | Indices, size: int
-) -> NDArray[np.float32]:
+class Run(NamedTuple):
+    """Rows that lie behind one another under one key."""
+
+    seed: int
+    word: int
+    first: int  # row
+    other: int  # index
+    length: int  # rows
+
+
+def runs(word: int, seed: int, samples: Sequence[int], steps: Sequence[int] | None = None) -> list[Run]:
+    """The rows of samples and steps, one for each, in as few runs as there are.
+
+    Args:
+        word: `word`'s.
+        seed: Any i64.
+        samples: Each from 0 to 2**31 - 1; a sample's index under its seed.
+        steps: As many, of the same range: the number of the draw within the sample. All 0 if there are none.
+
+    Raises:
+        ValueError: the two are not of one length, or an index is out of range.
+    """
+    count = len(samples)
+    steps = [0] * count if steps is None else steps
+    if len(steps) != count:
+        raise ValueError("samples and steps must be of one length")
+    if not count:
+        return []
+    for name, indices in (("samples", samples), ("steps", steps)):
+        if min(indices) < 0 or max(indices) >= _MOST:
+            raise ValueError(f"{name} must be from 0 to {_MOST - 1}")
+    rows, others = (steps, samples) if word & (2**_PURPOSE_BITS - 1) in _BY_STEP else (samples, steps)
+    if others.count(others[0]) == count and list(rows) == list(range(rows[0], rows[0] + count)):
+        return [Run(seed, word, rows[0], others[0], count)]
+    found, start = [], 0
+    for at in range(1, count + 1):
+        if at == count or rows[at] != rows[at - 1] + 1 or others[at] != others[start]:
+            found.append(Run(seed, word, rows[start], others[start], at - start))
+            start = at
+    return found
+
+
+def normals(wanted: Sequence[Run], size: int) -> NDArray[np.float32]:
     """Draw from N(0, 1).
 
     Args:
-        seeds: [n] i64, any value.
-        samples: [n] i64 in [0, 2**31); the sample's index under its seed.
-        steps: [n] i64 in [0, 2**31); the number of the draw within the sample.
-        purpose: What the draws are for: one `Purpose` for all rows, or [n] i64, one `word` for each.
+        wanted: The rows, run by run.
         size: Elements a row.
 
     Returns:
-        [n, size] f32; row i depends on (seeds[i], samples[i], steps[i], purpose of i) alone.
-
-    Raises:
-        ValueError: the arrays are not of one length, or an index is out of range.
+        [n, size] f32; a row depends on its seed, word, sample and step, and on `size`, alone.
     """
-    return _draw(seeds, samples, steps, purpose, size, lambda words: normal_quantile(_midpoints(words)))
+    words = _words(wanted, size)
+    return _cut(normals_of(words.ravel()).reshape(words.shape), size)
 
 
-def uniforms(
-    seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose | Indices, size: int
-) -> NDArray[np.float32]:
-    """Draw from U[0, 1), on a grid of 2**-24. Arguments, shapes and errors are those of `normals`."""
-    return _draw(seeds, samples, steps, purpose, size, lambda words: (words >> np.uint64(8)) * 2.0**-24)
+def uniforms(wanted: Sequence[Run], size: int) -> NDArray[np.float32]:
+    """Draw from U[0, 1), on a grid of 2**-24. Arguments and shapes are those of `normals`."""
+    return _cut(((_words(wanted, size) >> np.uint32(8)) * 2.0**-24).astype(np.float32), size)
 
 
-def labels(seed: int, samples: Indices, cumulative: NDArray[np.float64]) -> Indices:
+def labels(seed: int, samples: NDArray[np.int64], cumulative: NDArray[np.float64]) -> NDArray[np.int64]:
     """Draw one class label a sample from p(label), by the inverse of its distribution function.
 
     Args:
         seed: i64.
-        samples: [n] i64 in [0, 2**31).
+        samples: [n] i64 from 0 to 2**31 - 1.
         cumulative: [c] f64, the running sum of p(label); it need not end in exactly 1.
 
     Returns:
@@ -99,79 +127,41 @@ def labels(seed: int, samples: Indices, cumulative: NDArray[np.float64]) -> Indi
     Raises:
         ValueError: an index is out of range.
     """
-    seeds = np.full(samples.shape, seed, dtype=np.int64)
-    steps = np.zeros_like(samples)
-    _check(seeds, samples, steps)
-    if len(samples) <= _FEW:
-        first = np.array([_first_word(seed, sample, 0, Purpose.LABEL) for sample in samples.tolist()], np.uint64)
-    else:
-        rows = np.arange(len(samples))
-        first = _blocks(seeds, samples, steps, Purpose.LABEL, rows, np.zeros_like(rows))[0]
-    drawn: Indices = np.searchsorted(cumulative, _midpoints(first) * cumulative[-1], side="right")
+    first = _words(runs(word(Purpose.LABEL), seed, samples.tolist()), 1)[:, 0]
+    points = (first.astype(np.float64) + 0.5) * 2.0**-32  # never 0 or 1
+    drawn: NDArray[np.int64] = np.searchsorted(cumulative, points * cumulative[-1], side="right")
     return drawn
 
 
-def philox(counter: Words, key: Words) -> Words:
-    """Philox4x32-10, element by element: [4, k] counter words and [2, k] key words give [4, k] random words."""
-    even, odd = counter[0::2], counter[1::2]
-    rounds = np.arange(_ROUNDS, dtype=np.uint64)[:, None, None]
-    for round_key in (key + rounds * _KEY_INCREMENTS) & _WORD:
-        product: Words = even * _MULTIPLIERS
-        even = (product >> _HALF)[::-1] ^ odd
-        even ^= round_key
-        odd = (product & _WORD)[::-1]
-    return np.stack([even, odd], axis=1).reshape(counter.shape)
+_spare: list[np.random.Philox] = []
+"""Generators that nobody uses: to place one takes half a microsecond, to make one six. Threads take turns at none."""
+_EMPTY = (0, 0, 0, 0)  # a buffer with nothing in it
 
 
-def _first_word(seed: int, sample: int, step: int, purpose: int) -> int:
-    """What `philox` gives first of block 0, by Python's integers: for one number that is a tenth of NumPy's time."""
-    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    a, b, c, d = 0, step, sample, purpose
-    for _ in range(_ROUNDS):
-        first, second = _FACTORS[0] * a, _FACTORS[1] * c
-        a, b, c, d = second >> 32 ^ b ^ low, second & 0xFFFFFFFF, first >> 32 ^ d ^ high, first & 0xFFFFFFFF
-        low, high = low + _INCREMENTS[0] & 0xFFFFFFFF, high + _INCREMENTS[1] & 0xFFFFFFFF
-    return a
+def _words(wanted: Sequence[Run], size: int) -> NDArray[np.uint32]:
+    """The random 32-bit words of rows, whole blocks each."""
+    blocks = -(-size // _PER_BLOCK)
+    together = np.empty((sum(run.length for run in wanted), 4 * blocks), np.uint64)
+    try:
+        philox = _spare.pop()
+    except IndexError:
+        philox = np.random.Philox(key=0)
+    row = 0
+    for seed, own, first, other, length in wanted:
+        state: Any = {  # NumPy takes tuples too, and faster
+            "bit_generator": "Philox",
+            "state": {"counter": (first * blocks, other, 0, 0), "key": (seed & _WORD, own)},
+            "buffer": _EMPTY,
+            "buffer_pos": len(_EMPTY),
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        philox.state = state
+        together[row : row + length] = philox.random_raw((length, 4 * blocks))
+        row += length
+    _spare.append(philox)
+    return together.astype("<u8", copy=False).view("<u4").astype(np.uint32, copy=False)
 
 
-def _draw(
-    seeds: Indices,
-    samples: Indices,
-    steps: Indices,
-    purpose: Purpose | Indices,
-    size: int,
-    convert: Callable[[Words], NDArray[Any]],
-) -> NDArray[np.float32]:
-    _check(seeds, samples, steps)
-    blocks_per_row = -(-size // 4)
-    total = len(seeds) * blocks_per_row
-    values = np.empty((total, 4), dtype=np.float32)
-    for start in range(0, total, _BLOCKS_PER_CHUNK):
-        stop = min(start + _BLOCKS_PER_CHUNK, total)
-        rows, blocks = np.divmod(np.arange(start, stop), blocks_per_row)
-        words = _blocks(seeds, samples, steps, purpose, rows, blocks)
-        values[start:stop] = convert(words.ravel()).reshape(words.shape).T
-    return np.ascontiguousarray(values.reshape(len(seeds), 4 * blocks_per_row)[:, :size])
-
-
-def _blocks(
-    seeds: Indices, samples: Indices, steps: Indices, purpose: Purpose | Indices, rows: Indices, blocks: Indices
-) -> Words:
-    """The random words [4, k] of block blocks[i] of row rows[i]."""
-    keys = seeds.view(np.uint64)[rows]
-    purposes = np.full_like(rows, purpose) if isinstance(purpose, Purpose) else purpose[rows]
-    counter = np.stack([blocks, steps[rows], samples[rows], purposes]).view(np.uint64)
-    return philox(counter, np.stack([keys & _WORD, keys >> _HALF]))
-
-
-def _midpoints(words: Words) -> NDArray[np.float64]:
-    """The middles of 2**32 equal parts of (0, 1); exact in float64, and never 0, 1/2 or 1."""
-    return (words.astype(np.float64) + 0.5) * 2.0**-32
-
-
-def _check(seeds: Indices, samples: Indices, steps: Indices) -> None:
-    if not seeds.shape == samples.shape == steps.shape:
-        raise ValueError("seeds, samples and steps must be of one length")
-    for name, indices in (("samples", samples), ("steps", steps)):
-        if indices.size and not (indices.min() >= 0 and indices.max() < 2**31):
-            raise ValueError(f"{name} must be from 0 to {2**31 - 1}")
+def _cut(values: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    return np.ascontiguousarray(values[:, :size])

@@ -256,26 +256,22 @@ def convert(samples: Array, form: OutputForm) -> Array:
 
 
 def _normals(seed: int, like: Array, purpose: Purpose, stream: int = 0) -> Array:
-    return noise.normals(*_keys(seed, like, purpose, stream), math.prod(like.shape[1:])).reshape(like.shape)
+    return noise.normals(_rows(seed, like, purpose, stream), math.prod(like.shape[1:])).reshape(like.shape)
 
 
 def _uniforms(seed: int, like: Array, stream: int) -> Array:
-    keys = _keys(seed, like, Purpose.POSTERIOR, stream)
-    return noise.uniforms(*keys, math.prod(like.shape[1:])).reshape(like.shape)
+    rows = _rows(seed, like, Purpose.POSTERIOR, stream)
+    return noise.uniforms(rows, math.prod(like.shape[1:])).reshape(like.shape)
 
 
-_Key = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
-
-
-def _keys(seed: int, like: Array, purpose: Purpose, stream: int) -> _Key:
+def _rows(seed: int, like: Array, purpose: Purpose, stream: int) -> list[noise.Run]:
     """Row i is drawn by (seed, i)."""
-    count, word = len(like), noise.word(purpose, stream)
-    return np.full(count, seed), np.arange(count), np.zeros(count, np.int64), np.full(count, word)
+    return noise.runs(noise.word(purpose, stream), seed, range(len(like)))
 
 
 def _one_hot_draws(seed: int, probabilities: Array, stream: int) -> Array:
     """One class a row by its probabilities. [n, classes] f32 -> [n, classes] f32 of zeros and a one."""
-    points = noise.uniforms(*_keys(seed, probabilities, Purpose.POSTERIOR, stream), 1)
+    points = noise.uniforms(_rows(seed, probabilities, Purpose.POSTERIOR, stream), 1)
     cumulative = np.cumsum(probabilities.astype(np.float64), axis=1)
     chosen = (cumulative <= points * cumulative[:, -1:]).sum(axis=1)
     drawn = np.zeros_like(probabilities)

@@ -13,9 +13,8 @@ SIZE = 6
 
 def single(lane: StepNoise, position: int) -> bytes:
     """The noise of one evaluation, drawn by itself."""
-    words = np.array([noise.word(Purpose.STEP)])
-    seed, sample = np.array([lane.seed]), np.array([lane.sample])
-    return noise.normals(seed, sample, np.array([lane.first_step + position]), words, SIZE).tobytes()
+    own = noise.runs(noise.word(Purpose.STEP), lane.seed, [lane.sample], [lane.first_step + position])
+    return noise.normals(own, SIZE).tobytes()
 
 
 def test_noise_drawn_ahead_is_noise_drawn_at_its_step() -> None:
@@ -37,8 +36,7 @@ def test_what_was_asked_for_before_comes_back_in_its_order() -> None:
     asked, lane = Draws(), StepNoise(1, 2, 0, 4)
     asked.want(noise.word(Purpose.START), 7, [5, 6], [0, 0])
     begun = draw_steps([(lane, 0)], asked, SIZE)
-    seeds, samples, zeros = np.array([7, 7]), np.array([5, 6]), np.zeros(2, np.int64)
-    assert begun.tobytes() == noise.normals(seeds, samples, zeros, Purpose.START, SIZE).tobytes()
+    assert begun.tobytes() == noise.normals(noise.runs(Purpose.START, 7, [5, 6]), SIZE).tobytes()
     assert lane.at(0).tobytes() == single(lane, 0)
 
 
@@ -47,9 +45,9 @@ def test_lanes_draw_together_and_seldom(monkeypatch: pytest.MonkeyPatch) -> None
     drawn: list[int] = []
     normals = noise.normals
 
-    def count(seeds: Any, *arguments: Any) -> Any:
-        drawn.append(len(seeds))
-        return normals(seeds, *arguments)
+    def count(wanted: list[noise.Run], size: int) -> Any:
+        drawn.append(sum(run.length for run in wanted))
+        return normals(wanted, size)
 
     monkeypatch.setattr(noise, "normals", count)
     lanes = [StepNoise(seed, 0, 0, 16) for seed in range(5)]

@@ -157,7 +157,6 @@ def reference(root: Path, name: str, samples: Any, seed: int, label: int = -1) -
     session = ort.InferenceSession((root / name / "1" / "denoiser.onnx").read_bytes())
     alphas, sigmas = np.array(spec.alphas), np.array(spec.sigmas)
     last = len(alphas) - 1
-    rows = np.arange(len(samples))
     x = samples.astype(np.float64)
     levels = np.linspace(item.min_value, item.max_value, item.level_count) if item.level_count else None
     if levels is not None:
@@ -166,7 +165,7 @@ def reference(root: Path, name: str, samples: Any, seed: int, label: int = -1) -
     diffusion = np.zeros(x.shape)
     for t in range(last + 1):
         steps = np.full(len(x), t)
-        z = noise.normals(np.full(len(x), seed), rows, steps, Purpose.SCORE, PIXELS).reshape(x.shape)
+        z = noise.normals(noise.runs(Purpose.SCORE, seed, range(len(x)), [t] * len(x)), PIXELS).reshape(x.shape)
         noisy = alphas[t] * x + sigmas[t] * z
         feeds = {"x": noisy.astype(np.float32), "t": steps, "y": np.full(len(x), label)}
         out = session.run(None, feeds)[0].astype(np.float64)

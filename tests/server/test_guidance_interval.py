@@ -78,7 +78,7 @@ def test_steps_by_hand_with_the_scale_of_each_are_sample(live: Live, held: dict[
     """DenoiseStep, at the scale inside and at 1 outside, ends in the bytes of Sample."""
     schedule = held[D].schedule
     timesteps = [*schedule.spaced_timesteps(STEPS), -1]
-    drawn = noise.normals(np.full(1, 6), np.zeros(1, np.int64), np.zeros(1, np.int64), Purpose.START, 16)
+    drawn = noise.normals(noise.runs(Purpose.START, 6, [0]), 16)
     x = np.float32(schedule.level(timesteps[0])[1]) * drawn.reshape(1, *SHAPE)
     for current, following in pairwise(timesteps):
         step = pb.DenoiseStepRequest(

@@ -12,7 +12,7 @@ from bundles import SHAPE, TIMESTEPS
 from latentd import tensor
 from latentd.v1 import generation_service_pb2 as pb
 from latentd_server import step_graph
-from latentd_server.noise import Purpose, normals
+from latentd_server.noise import Purpose, normals, runs
 from latentd_server.runtime import CompiledGraph, Device
 from latentd_server.state_pool import StatePool
 from live import Live
@@ -63,7 +63,7 @@ def images_of(live: Live, request: pb.SampleRequest) -> np.ndarray:
 
 
 def draws(purpose: Purpose, step: int) -> np.ndarray:
-    rows = normals(np.full(COUNT, SEED), np.arange(COUNT), np.full(COUNT, step), purpose, int(np.prod(SHAPE)))
+    rows = normals(runs(purpose, SEED, range(COUNT), [step] * COUNT), int(np.prod(SHAPE)))
     return rows.reshape(COUNT, *SHAPE)
 
 

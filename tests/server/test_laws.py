@@ -134,7 +134,7 @@ def test_denoise_steps_by_hand_are_sample(eta: float, guidance: float, live: Liv
     schedule = servables(models_root)[D].schedule
     assert schedule is not None
     timesteps = [*schedule.spaced_timesteps(5), -1]
-    drawn = noise.normals(np.full(2, 6), np.arange(2), np.zeros(2, np.int64), Purpose.START, 16)
+    drawn = noise.normals(noise.runs(Purpose.START, 6, range(2)), 16)
     x = np.float32(schedule.level(timesteps[0])[1]) * drawn.reshape(2, *SHAPE)
     for index, (current, following) in enumerate(pairwise(timesteps)):
         response = live.stub.DenoiseStep(
@@ -167,7 +167,7 @@ def test_decoding_a_samples_latents_gives_the_sample(model: str, live: Live) -> 
 
 def test_decode_of_pure_noise_is_sample(live: Live) -> None:
     """DDIM from a given x_T is the road Sample takes from its own."""
-    drawn = noise.normals(np.full(3, 2), np.arange(3), np.zeros(3, np.int64), Purpose.START, 16)
+    drawn = noise.normals(noise.runs(Purpose.START, 2, range(3)), 16)
     options = walk("ddim", 7)
     level = np.float32(np.sin(100 / 101 * np.pi / 2))
     latents = tensor.encode(level * drawn.reshape(3, *SHAPE))

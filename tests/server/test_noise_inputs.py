@@ -28,9 +28,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 def drawn(draw: Any, purpose: Purpose, stream: int, count: int = COUNT) -> Array:
     """Four elements for each of `count` samples of the seed."""
-    rows = np.arange(count)
-    words = np.full(count, word(purpose, stream))
-    return draw(np.full(count, SEED), rows, np.zeros(count, np.int64), words, 4)
+    return draw(noise.runs(word(purpose, stream), SEED, range(count)), 4)
 
 
 def sampled(live: Live, count: int = COUNT, first: int = 0) -> tuple[Array, Array]:

@@ -134,7 +134,7 @@ def test_a_posterior_draw_is_mean_plus_deviation_times_noise(held: dict[str, Any
     mean = np.ones((2, LATENT), np.float32)
     log_variance = np.full((2, LATENT), math.log(4), np.float32)
     response = respond.encoded(encoding(held, 9), gathered(mean=mean, log_variance=log_variance), pb.EncodeResponse())
-    z = noise.normals(np.full(2, 9), np.arange(2), np.zeros(2, np.int64), Purpose.POSTERIOR, LATENT)
+    z = noise.normals(noise.runs(Purpose.POSTERIOR, 9, range(2)), LATENT)
     np.testing.assert_allclose(tensor.decode(response.latents), 1 + 2 * z, rtol=1e-6)
 
 
@@ -183,7 +183,7 @@ def test_the_forward_process_is_alpha_x0_plus_sigma_noise(held: dict[str, Any]) 
     plan = resolve.encode(request, held[D], LIMITS)
     latents = tensor.decode(respond.diffused(plan, pb.EncodeResponse()).latents)  # type: ignore[arg-type]
     alpha, sigma = held[D].schedule.level(40)
-    z = noise.normals(np.full(3, 5), np.arange(3), np.zeros(3, np.int64), Purpose.FORWARD, 16).reshape(x0.shape)
+    z = noise.normals(noise.runs(Purpose.FORWARD, 5, range(3)), 16).reshape(x0.shape)
     np.testing.assert_allclose(latents, alpha * x0 + sigma * z, rtol=1e-5, atol=1e-6)
 
 

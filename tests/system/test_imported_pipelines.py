@@ -29,7 +29,7 @@ from diffusers.schedulers import (
     scheduling_euler_ancestral_discrete,
 )
 from latentd_client import Client
-from latentd_server.noise import Purpose, normals
+from latentd_server.noise import Purpose, normals, runs
 from latentd_trainer import cli
 from numpy.typing import NDArray
 from processes import Running, start_server
@@ -120,8 +120,7 @@ class Tape:
         return self._draw(Purpose.STEP, self._step - 1)
 
     def _draw(self, purpose: Purpose, step: int) -> torch.Tensor:
-        samples = np.arange(COUNT)
-        rows = normals(np.full(COUNT, SEED), samples, np.full(COUNT, step), purpose, int(np.prod(self._shape)))
+        rows = normals(runs(purpose, SEED, range(COUNT), [step] * COUNT), int(np.prod(self._shape)))
         return torch.from_numpy(rows.reshape(COUNT, *self._shape))
 
 
