@@ -20,7 +20,7 @@ import prometheus_client
 import uvloop
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from latentd import __version__
 from latentd.v1 import admin_service_pb2, generation_service_pb2, model_service_pb2
 
@@ -30,7 +30,7 @@ from latentd_server.certificate_cache import open_cache
 from latentd_server.config import Config
 from latentd_server.engine import Engine
 from latentd_server.exchange import Door
-from latentd_server.handling import register
+from latentd_server.handling import UnregisteredMethods, register
 from latentd_server.health import Health
 from latentd_server.http import HttpServer
 from latentd_server.metrics import Metrics
@@ -164,7 +164,7 @@ async def serving(config: Config, device: Device, points: Points | None = None) 
             servers["admin"] = (config.admin, _admin_server(config, door, registry))
         addresses = {"http": http}
         for name, (address, server) in servers.items():
-            health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+            health_pb2_grpc.add_HealthServicer_to_server(health.servicer, UnregisteredMethods(server))
             addresses[name] = _bind(server, address, name)
         registry.discover()
         for _, server in servers.values():
@@ -304,7 +304,8 @@ def _reflect(server: aio.Server, *modules: Any) -> None:
         for module in (*modules, health_pb2)
         for service in module.DESCRIPTOR.services_by_name.values()
     ]
-    reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], server)
+    servicer = reflection.aio.ReflectionServicer([*services, reflection.SERVICE_NAME])
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, UnregisteredMethods(server))
 
 
 def _return_memory() -> None:

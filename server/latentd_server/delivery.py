@@ -98,6 +98,11 @@ class Outbox:
             self._failure = failure
             self._wake()
 
+    def let_go(self) -> None:
+        """The call is over: drop what waits and tell nobody. Owner and outbox would hold each other for nothing."""
+        self._on_full = _tell_nobody
+        self._waiting.clear()
+
     def hurry(self) -> None:
         """Give the reader up too if it is slow while little waits: all is there, and the server is to go."""
         self._hurried = True
@@ -204,6 +209,10 @@ class Outbox:
             self._room.clear()
         else:
             self._room.set()
+
+
+def _tell_nobody(full: bool) -> None:
+    """Where nobody makes messages any more."""
 
 
 class Previews:

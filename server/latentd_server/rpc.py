@@ -95,6 +95,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
                 await guarded(serve(), exchange.end, context, peer)
         finally:
             self._outboxes.discard(outbox)
+            outbox.let_go()
 
     async def Stream(  # type: ignore[override]  # as Sample
         self, requests: AsyncIterator[generation_service_pb2.StreamRequest], context: Context

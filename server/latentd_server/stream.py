@@ -79,6 +79,8 @@ class Session:
         """The call is over, and with it whatever is still open."""
         for exchange in self._open.values():
             exchange.end(code, reason)
+        self._open.clear()
+        self._outbox.let_go()
 
     def shut(self) -> None:
         """The server goes down: give up what is open, and end the stream behind what waits to be written."""
