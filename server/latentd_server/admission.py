@@ -4,7 +4,8 @@ Work is counted in evaluations that were accepted and are not yet run: a 50-step
 server, every model and every caller have a bound. A deadline is refused at once if the job cannot be done in time:
 
 * alone, by the fastest calls that were measured: its steps follow one another, and so do its batches;
-* among others, by typical calls, as `scheduler.py` shares: behind the caller's own work, beside everybody else's.
+* among others, by typical calls, as `scheduler.py` shares: behind the caller's own work, beside everybody else's;
+  with a margin that what came of earlier estimates sets.
 """
 
 import math
@@ -19,10 +20,8 @@ from latentd_server.failures import DeadlineUnreachableError, OverloadedError, Q
 from latentd_server.job import Job, StepJob, stages
 from latentd_server.priority import Priority
 from latentd_server.scheduler import Arrival, Batch, GraphKey, graph_key
-from latentd_server.step_costs import WINDOW_S, Decaying, DrainRates, StepCosts
+from latentd_server.step_costs import WINDOW_S, Decaying, DrainRates, Margin, StepCosts
 
-_MARGIN = 1.1
-"""Of an estimate among others, since a job at the very edge of its deadline misses it every other time."""
 _PLENTY = 4
 """So many times as long as everything outstanding takes is time enough for anybody; no more is asked then."""
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S, _UNKNOWN_RETRY_S = 0.05, 30.0, 1.0
@@ -92,6 +91,8 @@ class _Ticket:
 
     caller: str
     priority: Priority
+    admitted_s: float
+    foreseen_s: float | None = None  # it takes at most, the margin counted, if that was asked and still holds
     parts: dict[GraphKey, _Part] = field(default_factory=dict)
     paused: bool = False
 
@@ -130,6 +131,7 @@ class Admission:
         self._by_caller: dict[str, int] = {}
         self._costs: dict[GraphKey, StepCosts] = {}
         self._rates = DrainRates()
+        self._margin = Margin()  # of estimates among others, for half of what is at the edge would miss it
         self._inflow = Decaying()  # evaluations accepted of late
         self._promises: dict[str, _Promises] = {}  # by model; "" is the server
         self._state_lanes: dict[GraphKey, int] = {}  # room for lanes' state, where that is bounded
@@ -151,9 +153,10 @@ class Admission:
         self._check_bounds(job, caller, now_s)
         if self._state_lanes:
             self._check_state(job, now_s)
+        foreseen_s = None
         if deadline_s is not None:
-            self._check_reachable(job, caller, priority, now_s, deadline_s - now_s)
-        ticket = self._tickets[job_id] = _Ticket(caller, priority)
+            foreseen_s = self._check_reachable(job, caller, priority, now_s, deadline_s - now_s)
+        ticket = self._tickets[job_id] = _Ticket(caller, priority, now_s, foreseen_s)
         for stage in stages(job):
             evaluations = stage.lane_count * stage.evaluations_per_lane
             part = _Part(graph_key(stage), _steps(stage), stage.lane_count * stage.rows_per_lane, evaluations)
@@ -206,17 +209,22 @@ class Admission:
         ticket = self._tickets.get(job_id)
         if ticket is not None and ticket.paused != paused:
             ticket.paused = paused
+            ticket.foreseen_s = None
             for part in ticket.parts.values():
                 if paused:
                     self._exit(ticket, part)
                 else:
                     self._enter(ticket, part)
 
-    def ended(self, job_id: int) -> None:
-        """Forget a job, finished or not."""
+    def ended(self, job_id: int, now_s: float, *, done: bool) -> None:
+        """Forget a job, done or given up, and learn whether it was done when it was foreseen."""
         ticket = self._tickets.pop(job_id, None)
         if ticket is None:
             return
+        if ticket.foreseen_s is not None:
+            late = now_s - ticket.admitted_s > ticket.foreseen_s
+            if late or done:
+                self._margin.saw(late=late)
         for part in ticket.parts.values():
             if not ticket.paused:
                 self._exit(ticket, part)
@@ -310,8 +318,10 @@ class Admission:
             unit = "samples under way, whose state is on the device,"
             raise OverloadedError(held, most, retry_s, stage.model, unit=unit)
 
-    def _check_reachable(self, job: Job, caller: str, priority: Priority, now_s: float, left_s: float) -> None:
-        """The longest of a job's stages is judged among others; the rest are taken to be alone, for by then, or until
+    def _check_reachable(self, job: Job, caller: str, priority: Priority, now_s: float, left_s: float) -> float | None:
+        """What it is foreseen to take, where that is worth asking.
+
+        The longest of a job's stages is judged among others; the rest are taken to be alone, for by then, or until
         then, those who wait for these graphs now are others.
         """
         every = list(stages(job))
@@ -319,21 +329,31 @@ class Admission:
         beside_s = sum(self._alone_s(stage, now_s) for stage in every if stage is not job)
         costs = self._costs.get(graph_key(job))
         if costs is None or not costs.is_fresh(now_s):
-            return
+            return None
         steps, evaluations = _steps(job), job.lane_count * job.evaluations_per_lane
         rate = self._rates.per_s()
         last_s = (self.backlog + evaluations) / rate + steps * costs.typical(self._max_rows) if rate else math.inf
         if _PLENTY * (last_s + beside_s) <= left_s:
-            return
+            return None
         alone_s = beside_s + self._alone_s(job, now_s)
         if alone_s > left_s:
             batches = sum(self._batches(stage) for stage in every)
             text = f"{batches} evaluations one after another take {alone_s:.3g} s or more; {left_s:.3g} s are left"
             raise DeadlineUnreachableError(text, alone_s)
-        estimate_s = beside_s + self.estimate_s(job, caller, priority, now_s)
-        if estimate_s > left_s:
-            text = f"among the work of others it would take about {estimate_s:.3g} s; {left_s:.3g} s are left"
-            raise DeadlineUnreachableError(text, estimate_s)
+        estimate_s, margin = beside_s + self.estimate_s(job, caller, priority, now_s), 1.0
+        if not self._fits_a_batch(job):
+            margin = self._margin.value
+        if margin * estimate_s > left_s:
+            text = f"among the work of others it would take up to {margin * estimate_s:.3g} s; {left_s:.3g} s are left"
+            raise DeadlineUnreachableError(text, margin * estimate_s)
+        return margin * estimate_s if margin > 1 else None
+
+    def _fits_a_batch(self, job: Job) -> bool:
+        """Whether a job rides in every batch, with all there is on its graph."""
+        return self._demand(job) <= self._max_rows
+
+    def _demand(self, job: Job) -> int:
+        return _rows(job) + sum(flow.rows for flow in self._flows.get(graph_key(job), {}).values())
 
     def _batches(self, job: Job) -> int:
         """Calls that a job alone needs, one after another."""
@@ -351,14 +371,13 @@ class Admission:
         """Seconds until a job would be done if it were let in now and nobody came after it.
 
         Where everything fits into one batch it is a lower bound. Else it is a fluid model of the scheduler: lanes
-        take seats by weight, and nobody is given more than is outstanding; with a margin.
+        take seats by weight, and nobody is given more than is outstanding.
         """
         key = graph_key(job)
         costs = self._costs.get(key, StepCosts())
         steps, rows = _steps(job), _rows(job)
-        demand = rows + sum(flow.rows for flow in self._flows.get(key, {}).values())
-        if demand <= self._max_rows:
-            own_s = steps * costs.least(demand, now_s)
+        if self._fits_a_batch(job):
+            own_s = steps * costs.least(self._demand(job), now_s)
             return own_s + self._elsewhere_s(key, priority, own_s)
         seats, ahead = self._seats(key, caller, priority, rows)
         # Others who are done are followed by others still, as many as came of late.
@@ -371,7 +390,7 @@ class Admission:
 
         start, walk = batches(ahead), max(float(steps), batches(job.lane_count * job.evaluations_per_lane))
         own_s = (start + walk) * costs.typical(self._max_rows)
-        return _MARGIN * (own_s + self._elsewhere_s(key, priority, own_s))
+        return own_s + self._elsewhere_s(key, priority, own_s)
 
     def _class_weights(self, key: GraphKey, priority: Priority) -> dict[tuple[GraphKey, Priority], float]:
         """What each flow weighs against the others, the one that is asked for among them."""

@@ -574,7 +574,7 @@ class Engine:
             cost = Cost(each.queue_s, each.compute_s, each.evaluations * segment.count, each.batches, each.rows)
             self._outbox.append((entry.root, Finished(lanes, outcome.outputs, cost, last)))
             if last:
-                self._forget(entry.root)
+                self._forget(entry.root, done=True)
         else:
             assert isinstance(entry.job, StepJob)
             table = entry.job.tables[0]
@@ -603,12 +603,12 @@ class Engine:
         """Take an unfinished request off the books."""
         self._leavers.discard(job_id)
         if job_id in self._courses or self._scheduler.find(job_id) is not None:
-            self._metrics.evaluations_wasted(self._forget(job_id))
+            self._metrics.evaluations_wasted(self._forget(job_id, done=False))
 
-    def _forget(self, job_id: int) -> int:
-        """Take a request off the books, finished or not; returns the evaluations spent on its unfinished lanes."""
+    def _forget(self, job_id: int, *, done: bool) -> int:
+        """Take a request off the books; returns the evaluations spent on its unfinished lanes."""
         with self._admission_lock:
-            self._admission.ended(job_id)
+            self._admission.ended(job_id, self._clock(), done=done)
         course = self._courses.pop(job_id, None)
         if course is not None:
             spent = course.spent_before()

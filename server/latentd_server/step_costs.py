@@ -10,6 +10,9 @@ WINDOW_S = 2.0
 _NEWEST = 0.1  # weight of the newest call in the running mean
 _SURPRISE = 2.0  # one call moves the mean as if it had taken this many times the mean at most
 _FORGETTING = 1.01  # the fastest call is believed to be slower by this at every other call
+_LATE = 0.02  # share of jobs that may take longer than foreseen, the margin counted
+_STEP = 0.05  # of a margin, at most
+_LEAST_MARGIN, _MOST_MARGIN = 1.05, 2.0
 _TRUSTED = 2  # calls of a size before its fastest is a bound
 
 
@@ -88,6 +91,22 @@ class Decaying:
     def add(self, amount: float, at_s: float) -> None:
         """Add to it."""
         self.value, self.at_s = self.read(at_s) + amount, at_s
+
+
+@dataclass(slots=True)
+class Margin:
+    """How many times as long as foreseen jobs take, but for a few in a hundred: what estimates are multiplied by.
+
+    A quantile followed by steps, up at what was late and down at what was not, in the proportion that balances there
+    (stochastic approximation; Robbins and Monro, Ann. Math. Statist. 22(3), 1951).
+    """
+
+    value: float = 1.1
+
+    def saw(self, *, late: bool) -> None:
+        """Learn whether a job took longer than foreseen, with the margin."""
+        step = 1 + _STEP * (1 - _LATE) if late else 1 - _STEP * _LATE
+        self.value = min(_MOST_MARGIN, max(_LEAST_MARGIN, self.value * step))
 
 
 @dataclass(slots=True)

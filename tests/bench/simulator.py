@@ -170,7 +170,7 @@ class StepLevel:
                 asked[number] = (ask, estimate_s)
             for number in scheduler.expired(now_s):
                 scheduler.remove(number)
-                admission.ended(number)
+                admission.ended(number, now_s, done=False)
                 load.over(Outcome(asked[number][0], now_s, None, asked.pop(number)[1], late=True))
             batch = scheduler.plan(now_s)
             if batch is None:
@@ -186,7 +186,7 @@ class StepLevel:
                 if arrival.last:
                     number = arrival.segment.entry.job_id
                     scheduler.remove(number)
-                    admission.ended(number)
+                    admission.ended(number, now_s, done=True)
                     ask, estimate_s = asked.pop(number)
                     late = ask.timeout_s is not None and now_s > ask.at_s + ask.timeout_s
                     load.over(Outcome(ask, now_s, None, estimate_s, late))
