@@ -25,6 +25,7 @@ from latentd_server.step_costs import WINDOW_S, Decaying, DrainRates, Margin, St
 _PLENTY = 4
 """So many times as long as everything outstanding takes is time enough for anybody; no more is asked then."""
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S, _UNKNOWN_RETRY_S = 0.05, 30.0, 1.0
+_PRESSED_S = 1.0
 _LOOKED_AT = 256
 """Callers of a flow that an estimate looks at; the rest are taken to be like them."""
 
@@ -35,6 +36,22 @@ class Bounds(NamedTuple):
     server: int
     model: int
     caller: int
+
+
+class Work(NamedTuple):
+    """What a job asks of one graph."""
+
+    key: GraphKey
+    steps: int  # evaluations of a lane that follow one another
+    rows: int  # that its lanes take together in a call; the mean, where that differs from step to step
+    evaluations: int
+
+    @staticmethod
+    def of(job: Job) -> "Work":
+        """A job, without those that follow it."""
+        steps = _steps(job)
+        evaluations = job.lane_count * job.evaluations_per_lane
+        return Work(graph_key(job), steps, -(-evaluations // steps), evaluations)
 
 
 @dataclass(slots=True, eq=False)
@@ -131,6 +148,7 @@ class Admission:
         self._by_caller: dict[str, int] = {}
         self._costs: dict[GraphKey, StepCosts] = {}
         self._rates = DrainRates()
+        self._refused_s = -math.inf  # when a deadline was, last
         self._margin = Margin()  # of estimates among others, for half of what is at the edge would miss it
         self._inflow = Decaying()  # evaluations accepted of late
         self._promises: dict[str, _Promises] = {}  # by model; "" is the server
@@ -155,7 +173,8 @@ class Admission:
             self._check_state(job, now_s)
         foreseen_s = None
         if deadline_s is not None:
-            foreseen_s = self._check_reachable(job, caller, priority, now_s, deadline_s - now_s)
+            every = [Work.of(stage) for stage in stages(job)]
+            foreseen_s = self._check_reachable(every, caller, priority, now_s, deadline_s - now_s)
         ticket = self._tickets[job_id] = _Ticket(caller, priority, now_s, foreseen_s)
         for stage in stages(job):
             evaluations = stage.lane_count * stage.evaluations_per_lane
@@ -183,6 +202,18 @@ class Admission:
             QuotaExceededError, OverloadedError: as `admit`.
         """
         self._check_held({model: evaluations}, caller, now_s)
+
+    def is_pressed(self, now_s: float) -> bool:
+        """Whether deadlines were refused of late."""
+        return now_s - self._refused_s < _PRESSED_S
+
+    def check_time(self, least: Work, caller: str, priority: Priority, now_s: float, deadline_s: float) -> None:
+        """Refuse what is not worth understanding: a request that takes so much at least, and would not be in time.
+
+        Raises:
+            DeadlineUnreachableError: as `admit`.
+        """
+        self._check_reachable([least], caller, priority, now_s, deadline_s - now_s)
 
     def ran(self, batch: Batch, arrivals: list[Arrival], size: int, seconds: float, now_s: float) -> None:
         """Learn of a batch: what is done of whose work, and what a call of `size` rows took."""
@@ -318,54 +349,56 @@ class Admission:
             unit = "samples under way, whose state is on the device,"
             raise OverloadedError(held, most, retry_s, stage.model, unit=unit)
 
-    def _check_reachable(self, job: Job, caller: str, priority: Priority, now_s: float, left_s: float) -> float | None:
+    def _check_reachable(
+        self, every: list[Work], caller: str, priority: Priority, now_s: float, left_s: float
+    ) -> float | None:
         """What it is foreseen to take, where that is worth asking.
 
         The longest of a job's stages is judged among others; the rest are taken to be alone, for by then, or until
         then, those who wait for these graphs now are others.
         """
-        every = list(stages(job))
-        job = max(every, key=lambda stage: stage.evaluations_per_lane)
-        beside_s = sum(self._alone_s(stage, now_s) for stage in every if stage is not job)
-        costs = self._costs.get(graph_key(job))
+        work = max(every, key=lambda each: each.steps)
+        beside_s = sum(self._alone_s(each, now_s) for each in every if each is not work)
+        costs = self._costs.get(work.key)
         if costs is None or not costs.is_fresh(now_s):
             return None
-        steps, evaluations = _steps(job), job.lane_count * job.evaluations_per_lane
         rate = self._rates.per_s()
-        last_s = (self.backlog + evaluations) / rate + steps * costs.typical(self._max_rows) if rate else math.inf
+        typical_s = costs.typical(self._max_rows)
+        last_s = (self.backlog + work.evaluations) / rate + work.steps * typical_s if rate else math.inf
         if _PLENTY * (last_s + beside_s) <= left_s:
             return None
-        alone_s = beside_s + self._alone_s(job, now_s)
+        alone_s = beside_s + self._alone_s(work, now_s)
         if alone_s > left_s:
-            batches = sum(self._batches(stage) for stage in every)
+            self._refused_s = now_s
+            batches = sum(self._batches(each) for each in every)
             text = f"{batches} evaluations one after another take {alone_s:.3g} s or more; {left_s:.3g} s are left"
             raise DeadlineUnreachableError(text, alone_s)
-        estimate_s, margin = beside_s + self.estimate_s(job, caller, priority, now_s), 1.0
-        if not self._fits_a_batch(job):
-            margin = self._margin.value
-        if margin * estimate_s > left_s:
-            text = f"among the work of others it would take up to {margin * estimate_s:.3g} s; {left_s:.3g} s are left"
-            raise DeadlineUnreachableError(text, margin * estimate_s)
-        return margin * estimate_s if margin > 1 else None
+        margin = 1.0 if self._fits_a_batch(work) else self._margin.value
+        foreseen_s = margin * (beside_s + self._estimate_s(work, caller, priority, now_s))
+        if foreseen_s > left_s:
+            self._refused_s = now_s
+            text = f"among the work of others it would take up to {foreseen_s:.3g} s; {left_s:.3g} s are left"
+            raise DeadlineUnreachableError(text, foreseen_s)
+        return foreseen_s if margin > 1 else None
 
-    def _fits_a_batch(self, job: Job) -> bool:
-        """Whether a job rides in every batch, with all there is on its graph."""
-        return self._demand(job) <= self._max_rows
+    def _demand(self, work: Work) -> int:
+        """Rows that a graph's jobs would take together, this one among them."""
+        return work.rows + sum(flow.rows for flow in self._flows.get(work.key, {}).values())
 
-    def _demand(self, job: Job) -> int:
-        return _rows(job) + sum(flow.rows for flow in self._flows.get(graph_key(job), {}).values())
+    def _fits_a_batch(self, work: Work) -> bool:
+        """Whether a job would ride in every batch, with all there is on its graph."""
+        return self._demand(work) <= self._max_rows
 
-    def _batches(self, job: Job) -> int:
+    def _batches(self, work: Work) -> int:
         """Calls that a job alone needs, one after another."""
-        steps = _steps(job)
-        return max(steps, -(-job.lane_count * job.evaluations_per_lane // self._max_rows))
+        return max(work.steps, -(-work.evaluations // self._max_rows))
 
-    def _alone_s(self, job: Job, now_s: float) -> float:
+    def _alone_s(self, work: Work, now_s: float) -> float:
         """Seconds a job needs at least; 0 where that is not known."""
-        costs = self._costs.get(graph_key(job))
+        costs = self._costs.get(work.key)
         if costs is None or not costs.is_fresh(now_s):
             return 0.0
-        return self._batches(job) * costs.least(min(_rows(job), self._max_rows), now_s)
+        return self._batches(work) * costs.least(min(work.rows, self._max_rows), now_s)
 
     def estimate_s(self, job: Job, caller: str, priority: Priority, now_s: float) -> float:
         """Seconds until a job would be done if it were let in now and nobody came after it.
@@ -373,13 +406,15 @@ class Admission:
         Where everything fits into one batch it is a lower bound. Else it is a fluid model of the scheduler: lanes
         take seats by weight, and nobody is given more than is outstanding.
         """
-        key = graph_key(job)
+        return self._estimate_s(Work.of(job), caller, priority, now_s)
+
+    def _estimate_s(self, work: Work, caller: str, priority: Priority, now_s: float) -> float:
+        key = work.key
         costs = self._costs.get(key, StepCosts())
-        steps, rows = _steps(job), _rows(job)
-        if self._fits_a_batch(job):
-            own_s = steps * costs.least(self._demand(job), now_s)
+        if self._fits_a_batch(work):
+            own_s = work.steps * costs.least(self._demand(work), now_s)
             return own_s + self._elsewhere_s(key, priority, own_s)
-        seats, ahead = self._seats(key, caller, priority, rows)
+        seats, ahead = self._seats(key, caller, priority, work.rows)
         # Others who are done are followed by others still, as many as came of late.
         rate = self._rates.per_s()
         pace = 1 - min(1.0, self._inflow.read(now_s) / WINDOW_S / rate) if rate else 0.0
@@ -388,7 +423,7 @@ class Admission:
             beside = self._beside(key, caller, priority, evaluations)
             return min(evaluations / seats, beside / pace) if pace else evaluations / seats
 
-        start, walk = batches(ahead), max(float(steps), batches(job.lane_count * job.evaluations_per_lane))
+        start, walk = batches(ahead), max(float(work.steps), batches(work.evaluations))
         own_s = (start + walk) * costs.typical(self._max_rows)
         return own_s + self._elsewhere_s(key, priority, own_s)
 
@@ -445,11 +480,6 @@ class Admission:
 def _steps(job: Job) -> int:
     """Evaluations of a lane that follow one another."""
     return len(job.tables[0].timesteps) if isinstance(job, StepJob) else 1
-
-
-def _rows(job: Job) -> int:
-    """Rows that its lanes take together in a call; the mean, where that differs from step to step."""
-    return -(-job.lane_count * job.evaluations_per_lane // _steps(job))
 
 
 def _others(flow: _Flow, caller: str) -> tuple[list[_Line], float]:

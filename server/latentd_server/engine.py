@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from latentd.v1 import bundle_pb2
 
-from latentd_server.admission import Admission, Bounds
+from latentd_server.admission import Admission, Bounds, Work
 from latentd_server.courses import Course
 from latentd_server.failures import DeadlineError, DrainingError, RuntimeFailureError, ServingError
 from latentd_server.handover import Command, HandOver
@@ -208,6 +208,20 @@ class Engine:
             raise DrainingError
         with self._admission_lock:
             self._admission.check_room(model, caller, evaluations, self._clock())
+
+    @property
+    def pressed(self) -> bool:
+        """Whether a deadline may have to be refused."""
+        return self._admission.is_pressed(self._clock())
+
+    def check_time(self, least: Work, caller: str, priority: Priority, deadline: float) -> None:
+        """Refuse, before any work is put into it, a request that takes so much at least.
+
+        Raises:
+            DeadlineUnreachableError: as `submit`.
+        """
+        with self._admission_lock:
+            self._admission.check_time(least, caller, priority, self._clock(), deadline)
 
     def cancel(self, job_id: int) -> None:
         """Give a job up: its lanes ride in no later batch and its sink hears no more."""

@@ -18,12 +18,11 @@ from latentd.v1 import generation_service_pb2, model_pb2
 
 from latentd_server import loops, resolve, respond
 from latentd_server.accounts import Account, Peer
+from latentd_server.admission import Work
 from latentd_server.aside import Aside
 from latentd_server.delivery import Previews
 from latentd_server.failures import (
     CancelledError,
-    DeadlineError,
-    DeadlineUnreachableError,
     DrainingError,
     FieldsInvalidError,
     Violation,
@@ -52,6 +51,13 @@ class Engine(Protocol):
 
     def check_room(self, model: str, caller: str, evaluations: int) -> None:
         """Refuse a request that takes so many evaluations at least, if there is no room for them."""
+
+    @property
+    def pressed(self) -> bool:
+        """Whether deadlines may be out of reach."""
+
+    def check_time(self, least: Work, caller: str, priority: Priority, deadline: float) -> None:
+        """Refuse a request that takes so much at least, if that would not be done in time."""
 
     def submit(
         self, job: Job, *, caller: str, deadline: float | None, sink: Callable[[Event], None], priority: Priority
@@ -194,12 +200,16 @@ class Exchange(ABC):
             self._unanswered = 0
         self.account.close(code, reason)
 
-    def _admissible(self, request: Any) -> Servable:
-        """The model a request names, if what the request takes at least has room: refusing is cheaper than reading."""
+    def _admissible(self, request: Any, deadline: float | None) -> Servable:
+        """The model a request names, if what the request takes at least has room and time: refusing is cheaper than
+        reading.
+        """
         servable = self._servable(request.model)
-        if self._door.engine.crowded:
-            least = resolve.least_evaluations(request, self._door.limits)
-            self._door.engine.check_room(self.account.model, self._peer.caller, least)
+        engine, limits = self._door.engine, self._door.limits
+        if engine.crowded:
+            engine.check_room(self.account.model, self._peer.caller, resolve.least_evaluations(request, limits))
+        if deadline is not None and engine.pressed and (work := resolve.least_work(request, servable, limits)):
+            engine.check_time(work, self._peer.caller, self._priority, deadline)
         return servable
 
     def _servable(self, reference: str) -> Servable:
@@ -209,18 +219,9 @@ class Exchange(ABC):
 
     def _submit(self, job: Job, deadline: float | None) -> None:
         self.account.seed = job.seed
-        try:
-            self._job_id = self._door.engine.submit(
-                job,
-                caller=self._peer.caller,
-                deadline=deadline,
-                sink=self.on_event,
-                priority=self._priority,
-            )
-        except DeadlineUnreachableError:
-            raise
-        except DeadlineError as error:
-            raise DeadlineUnreachableError(str(error)) from error
+        self._job_id = self._door.engine.submit(
+            job, caller=self._peer.caller, deadline=deadline, sink=self.on_event, priority=self._priority
+        )
         if self._paused:
             self._door.engine.pause(self._job_id)
 
@@ -249,7 +250,7 @@ class SingleExchange(Exchange):
 
     def _start(self, request: Any, deadline: float | None) -> None:
         understand, self._answer = _ONE_ANSWER[self.account.method]
-        plan = understand(request, self._admissible(request), self._door.limits)
+        plan = understand(request, self._admissible(request, deadline), self._door.limits)
         if isinstance(plan, Diffusing):
             self._door.aside.check_room(self._peer.caller, plan.samples.nbytes)
             self.account.seed, self.account.samples = plan.seed, len(plan.samples)
@@ -293,7 +294,7 @@ class SampleExchange(Exchange):
     """Sample: one `accepted`, then previews and results as they come."""
 
     def _start(self, request: generation_service_pb2.SampleRequest, deadline: float | None) -> None:
-        servable = self._admissible(request)
+        servable = self._admissible(request, deadline)
         self._plan: Sampling = resolve.sample(request, servable, self._door.fresh_seed(), self._door.limits)
         self._previews = Previews()
         queue_depth = self._door.engine.queue_depth

@@ -14,6 +14,7 @@ import numpy as np
 from latentd.v1 import bundle_pb2, generation_service_pb2, model_pb2, tensor_pb2
 
 from latentd_server import bounds, calls, loops, sizes, walks
+from latentd_server.admission import Work
 from latentd_server.fields import MAX_INT32, Fields
 from latentd_server.job import Servable
 from latentd_server.plans import (
@@ -29,6 +30,7 @@ from latentd_server.plans import (
     Sampling,
     Scoring,
 )
+from latentd_server.scheduler import key_of
 from latentd_server.wiring import Wiring, supporting
 
 Model = model_pb2.Model
@@ -47,15 +49,30 @@ def least_evaluations(request: Request, limits: Limits) -> int:
     if isinstance(request, generation_service_pb2.EncodeRequest) and request.HasField("forward_timestep"):
         return 0
     if isinstance(request, generation_service_pb2.SampleRequest):
-        options = request.diffusion
-        steps = len(options.timesteps) or options.step_count or 1
-        if steps > limits.max_steps or options.HasField("start"):  # which cuts the walk short
-            steps = 1
-        rows = request.sample_count or 1
+        steps, rows = _least_steps(request.diffusion, limits), request.sample_count or 1
     else:
         steps, shape = 1, _ROWS_OF[type(request)](request).shape
         rows = shape[0] if shape else 1
     return rows * steps if 1 <= rows <= limits.max_samples else 1
+
+
+def least_work(request: Request, servable: Servable, limits: Limits) -> Work | None:
+    """What a request for samples asks at least of its diffusion model's network; None for any other, which are read as
+    quickly as they are looked at.
+    """
+    if not isinstance(request, generation_service_pb2.SampleRequest) or servable.schedule is None:
+        return None
+    steps, rows = _least_steps(request.diffusion, limits), request.sample_count or 1
+    if not 1 <= rows <= limits.max_samples or request.HasField("size"):
+        return None
+    key = key_of(servable.model.name, bundle_pb2.Network.ROLE_DENOISER, servable.size)
+    return Work(key, steps, rows, rows * steps)
+
+
+def _least_steps(options: generation_service_pb2.DiffusionOptions, limits: Limits) -> int:
+    steps = len(options.timesteps) or options.step_count or 1
+    cut_short = options.HasField("start")
+    return 1 if cut_short or not 1 <= steps <= limits.max_steps else steps
 
 
 _ROWS_OF: dict[type, Callable[[Any], tensor_pb2.Tensor]] = {

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from latentd.v1 import bundle_pb2
-from latentd_server.admission import Admission, Bounds
+from latentd_server.admission import Admission, Bounds, Work
 from latentd_server.failures import DeadlineUnreachableError, OverloadedError, QuotaExceededError
 from latentd_server.job import CallJob, Job, Start, StepJob
 from latentd_server.priority import Priority
@@ -337,6 +337,24 @@ def test_a_paused_job_keeps_nobody_waiting() -> None:
     server.admission.pause(job, True)
     server.admission.ended(job, server.now_s, done=False)
     assert server.admission.backlog == 0
+
+
+def test_what_cannot_be_in_time_is_refused_before_it_is_read() -> None:
+    """By the least it may take, as the job itself would be; only while deadlines are refused at all."""
+    server = measured()
+    server.submit(steps(1000, lanes=ROWS), "other")
+    assert not server.admission.is_pressed(server.now_s)
+    with pytest.raises(DeadlineUnreachableError) as late:
+        server.submit(steps(10, lanes=ROWS), within_s=15.0)
+    assert server.admission.is_pressed(server.now_s)
+    least = Work.of(steps(10, lanes=ROWS))
+    asked = "x", Priority.NORMAL, server.now_s
+    with pytest.raises(DeadlineUnreachableError) as unread:
+        server.admission.check_time(least, *asked, server.now_s + 15.0)
+    assert str(unread.value) == str(late.value)
+    server.admission.check_time(least, *asked, server.now_s + 25.0)
+    server.admission.check_time(least._replace(steps=1, evaluations=ROWS), *asked, server.now_s + 15.0)
+    assert not server.admission.is_pressed(server.now_s + 2.0)
 
 
 def test_the_margin_is_a_quantile() -> None:

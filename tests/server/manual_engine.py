@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from latentd_server.admission import Work
 from latentd_server.job import CallJob, Cost, Event, Failed, Finished, Job, Preview, StepJob
 from latentd_server.priority import Priority
 
@@ -31,6 +32,9 @@ class ManualEngine:
     full: Exception | None = None  # raised where a request asks for room before it is read
     asked_for: list[tuple[str, str, int]] = field(default_factory=list)  # model, caller, evaluations
     crowded: bool = True
+    late: Exception | None = None  # raised where a request asks for time before it is read
+    asked_time_for: list[Work] = field(default_factory=list)
+    pressed: bool = True
     draining: bool = False
     jobs: dict[int, Submitted] = field(default_factory=dict)
     submitted: list[Job] = field(default_factory=list)
@@ -44,6 +48,11 @@ class ManualEngine:
         self.asked_for.append((model, caller, evaluations))
         if self.full is not None:
             raise self.full
+
+    def check_time(self, least: Work, caller: str, priority: Priority, deadline: float) -> None:
+        self.asked_time_for.append(least)
+        if self.late is not None:
+            raise self.late
 
     def submit(
         self,

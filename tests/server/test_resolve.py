@@ -13,6 +13,7 @@ from latentd.names import SAMPLERS
 from latentd.v1 import bundle_pb2, tensor_pb2
 from latentd.v1 import generation_service_pb2 as pb
 from latentd_server import loops, noise, resolve
+from latentd_server.admission import Work
 from latentd_server.failures import FieldsInvalidError
 from latentd_server.job import CallJob, Noise, Repeated, StepJob
 from latentd_server.noise import Purpose
@@ -118,6 +119,12 @@ def test_what_a_request_takes_at_least_is_told_beforehand(case: tuple[str, Any],
     assert job.lane_count <= least <= takes or request.diffusion.HasField("start")
     if request.diffusion.step_count and request.diffusion.sampler == "ddim" and job.rows_per_lane == 1:
         assert least == takes or request.diffusion.HasField("start")
+    work, own = resolve.least_work(request, held[name], LIMITS), Work.of(job)
+    assert (work is None) == (name != D)
+    if work is not None:
+        assert (work.key, work.evaluations) == (own.key, least)
+        assert work.steps <= own.steps
+        assert work.rows <= own.rows
 
 
 def test_every_default_is_filled_in(held: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ REFUSALS = [
     (failures.QuotaExceededError("caller:x", "too much"), grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", None),
     (failures.OverloadedError(10, 10, 2.5), grpc.StatusCode.UNAVAILABLE, "OVERLOADED", "2500"),
     (failures.DrainingError(), grpc.StatusCode.UNAVAILABLE, "DRAINING", "1000"),
-    (failures.DeadlineError(), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE", None),
+    (failures.DeadlineUnreachableError("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE", None),
     (failures.DeadlineUnreachableError("no", 3), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE", None),
 ]
 
