@@ -9,11 +9,12 @@ import gc
 import logging
 import os
 import platform
-import secrets
 import signal
+import struct
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import prometheus_client
@@ -46,6 +47,8 @@ LINGER_SECONDS = 0.5
 calls that are on their way would be cancelled without one."""
 
 _MOST_PENDING_CALLS = 1_000_000
+
+_SEEDS_AT_ONCE = 512
 
 _MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_THRESHOLD = -1, -3
 
@@ -151,7 +154,7 @@ async def serving(config: Config, device: Device, points: Points | None = None) 
     health = Health()
     registry.subscribe(health.model_changed)
     registry.subscribe(metrics.model_state)
-    door = Door(engine, registry, metrics, _limits(config), time.monotonic, lambda: secrets.randbits(63))
+    door = Door(engine, registry, metrics, _limits(config), time.monotonic, partial(next, _fresh_seeds()))
     service = GenerationService(door)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(engine.close)
@@ -306,6 +309,13 @@ def _reflect(server: aio.Server, *modules: Any) -> None:
     ]
     servicer = reflection.aio.ReflectionServicer([*services, reflection.SERVICE_NAME])
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, UnregisteredMethods(server))
+
+
+def _fresh_seeds() -> Iterator[int]:
+    """Numbers of 63 bits from the system's generator, some at a time: to ask it takes ten microseconds."""
+    while True:
+        for (number,) in struct.iter_unpack("<q", os.urandom(8 * _SEEDS_AT_ONCE)):
+            yield number & 2**63 - 1
 
 
 def _return_memory() -> None:

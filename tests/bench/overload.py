@@ -1,9 +1,10 @@
 """`python -m tests.bench.overload`: what a server makes of three times the load it can serve.
 
-First a closed loop measures the peak; then an open loop, from a process of its own, offers a multiple of it: once with
-deadlines, which the door keeps, and once with none, where the backlog's bound refuses. Prints, for each, evaluations of
-requests done in time as a share of the peak, how long refusals took as the client sees it, and what they said. Last, a
-server whose backlog is full of work that sits out does nothing but refuse, which tells what a refusal costs it.
+In turns a closed loop measures the peak and an open loop, from a process of its own, offers a multiple of it: on one
+server with deadlines, which the door keeps, and on another with none, where the backlog's bound refuses. Prints, for
+each, evaluations of requests done in time as a share of the peak measured just before (the median of the rounds, since
+the machine's speed changes), how long refusals took as the client sees it, and what they said. Last, a server whose
+backlog is full of work that sits out does nothing but refuse, which tells what a refusal costs it.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import asyncio
 import itertools
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -202,6 +204,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=2.0, help="seconds, of every request with a deadline")
     parser.add_argument("--samples", type=int, default=8, help="of each request")
     parser.add_argument("--factor", type=float, default=3.0, help="load offered, by the peak")
+    parser.add_argument("--rounds", type=int, default=3, help="of peak and overload, for each of the two")
     parser.add_argument("--client", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client:
@@ -211,31 +214,46 @@ def main() -> int:
     if not (options.models / MODEL).exists():
         print(f"no {MODEL} in {options.models}; `make demo` trains it", file=sys.stderr)
         return 2
+    closed = Load(0.0, min(options.ramp, options.seconds / 4), options.seconds, options.samples)
     with server(options.models, 1) as running:
-        closed = Load(0.0, min(options.ramp, options.seconds / 4), options.seconds, options.samples)
         peak = cell(running.address, closed)["evaluations_per_s"]
         per_s = options.factor * peak / (options.samples * sum(STEPS) / len(STEPS))
         print(f"peak {peak:,.0f} evaluations/s, closed loop of {IN_FLIGHT} samples; offered {per_s:,.0f} requests/s")
         load = Load(per_s, options.ramp, options.seconds, options.samples)
-        found = cell(running.address, replace(load, timeout_s=options.timeout))
-        _print(f"{options.timeout:g} s each", found, peak)
+        _compare(
+            f"{options.timeout:g} s each",
+            running.address,
+            closed,
+            replace(load, timeout_s=options.timeout),
+            options.rounds,
+        )
     with server(options.models, 1, "--max-backlog", str(round(BACKLOG_S * peak))) as running:
-        found = cell(running.address, load)
-        _print(f"no deadline, a backlog of {BACKLOG_S:g} s", found, peak)
+        _compare(f"no deadline, a backlog of {BACKLOG_S:g} s", running.address, closed, load, options.rounds)
     found = refusals(options.seconds, min(per_s, MOST_REFUSALS_PER_S))
     print(f"nothing but refusals: {found['count']}, {found['ends']}")
     print(f"  the server's CPU time {found['server_cpu_us']:.0f} us each, the client's {found['client_cpu_us']:.0f}")
     return 0
 
 
-def _print(name: str, result: dict[str, Any], peak: float) -> None:
+def _compare(name: str, address: str, closed: Load, load: Load, rounds: int) -> None:
+    """Peak and overload in turns."""
+    goodputs = []
+    print(f"{name}:")
+    for _ in range(rounds):
+        peak = cell(address, closed)["evaluations_per_s"]
+        found = cell(address, load)
+        goodputs.append(found["evaluations_per_s"] / peak)
+        _print(goodputs[-1], peak, found)
+    print(f"  goodput, median: {statistics.median(goodputs):.2f} of the peak", flush=True)
+
+
+def _print(goodput: float, peak: float, result: dict[str, Any]) -> None:
     def listed(values: dict[str, float], unit: str) -> str:
         return ", ".join(f"{key} {value:.3g} {unit}" for key, value in values.items()) or "none"
 
-    print(f"{name}:")
-    print(f"  goodput {result['evaluations_per_s'] / peak:.2f} of the peak; ends {result['ends']}")
-    print(f"  refused within {listed(result['refusal_ms'], 'ms')}")
-    print(f"  told to come back in {listed(result['retry_after_s'], 's')}", flush=True)
+    print(f"  goodput {goodput:.2f} of the peak of {peak:,.0f}; ends {result['ends']}")
+    print(f"    refused within {listed(result['refusal_ms'], 'ms')}")
+    print(f"    told to come back in {listed(result['retry_after_s'], 's')}", flush=True)
 
 
 if __name__ == "__main__":

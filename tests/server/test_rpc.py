@@ -145,6 +145,19 @@ async def test_a_full_server_reads_no_further_than_what_a_request_takes_at_least
     assert engine.asked_for == [(f"{request_.model}@1", "a", evaluations)]
 
 
+async def test_a_late_server_reads_no_further_either(served: Front, engine: ManualEngine) -> None:
+    """A wrong request is refused for want of time, by what it asks for at least; without a deadline it is read."""
+    engine.late = failures.DeadlineUnreachableError("late", 9.0)
+    request = pb.SampleRequest(model=D, sample_count=3, diffusion=pb.DiffusionOptions(step_count=5, eta=99))
+    with pytest.raises(aio.AioRpcError) as raised:
+        await served.stub.Sample(request, timeout=5).read()
+    assert reason(raised.value) == "DEADLINE_UNREACHABLE"
+    assert [(work.steps, work.rows, work.evaluations) for work in engine.asked_time_for] == [(5, 3, 15)]
+    with pytest.raises(aio.AioRpcError) as raised:
+        await served.stub.Sample(request).read()
+    assert reason(raised.value) == "FIELD_INVALID"
+
+
 @pytest.mark.parametrize(
     ("refusal", "code", "why"),
     [
