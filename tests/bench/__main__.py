@@ -25,7 +25,6 @@ from tests.bench.served import Server, drive, server
 
 VAE, DIFFUSION = "digits-vae", "digits-diffusion"
 DEFAULT_ROWS = 32
-NAIVE = ("decode", bundles.TINY_VAE)  # the load that plain handlers get too
 
 
 class Cell(NamedTuple):
@@ -47,6 +46,8 @@ CELLS = (
     Cell("stream-decode", bundles.TINY_VAE, 32),
     Cell("sample-256", bundles.TINY_VAE, 1),
     Cell("sample-256", bundles.TINY_VAE, 1, 256),
+    Cell("sample-256", bundles.TINY_VAE, 8, 256),
+    Cell("stream-sample-256", bundles.TINY_VAE, 8, 256),
     Cell("decode-16", bundles.GENERATOR, 32),
     Cell("stream-decode-16", bundles.GENERATOR, 32),
     Cell("decode", VAE, 32),
@@ -59,6 +60,8 @@ CELLS = (
     Cell("stream-sample", DIFFUSION, 32),
     Cell("stream-mix", DIFFUSION, 32),
 )
+NAIVE = (CELLS[0], Cell("sample-256", bundles.TINY_VAE, 1, 256), Cell("sample-256", bundles.TINY_VAE, 8, 256))
+"""Loads that plain handlers get too; the first, one that does nothing as well."""
 _IDLE_S = 2.0
 
 
@@ -137,20 +140,23 @@ def _by_steps(latencies_ms: dict[int, float]) -> str:
     return ", ".join(f"{steps} steps {each:.0f} ms" for steps, each in latencies_ms.items())
 
 
-def compare_naive(measured: list[dict[str, Any]], models: Path, threads: int, seconds: float) -> dict[str, Any]:
-    """Server CPU of a unary Decode of one row, against a plain grpc.aio handler that calls the network itself, and one
-    that does nothing at all.
+def compare_naive(
+    own: Cell, measured: dict[str, Any], models: Path, threads: int, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Server CPU and requests a second of one load, against a plain grpc.aio handler that calls the network itself, and
+    for the first of `NAIVE` one that does nothing at all.
     """
-    own = next(cell for cell in measured if (cell["load"], cell["model"]) == NAIVE)
-    in_flight = own["in_flight"]
-    found: dict[str, Any] = {}
-    print(f"\nserver CPU of a unary Decode, 1 row of {own['model']}, {in_flight} in flight:")
-    for name, empty in (("naive", False), ("empty", True)):
-        with naive.server(models / own["model"] / "1", threads, empty=empty) as to:
-            each = drive(to, own["load"], own["model"], in_flight, seconds)["server_cpu_us_per_request"]
-        found[name] = {"server_cpu_us_per_request": each, "ratio": own["server_cpu_us_per_request"] / each}
-        text = "a handler that runs the network" if name == "naive" else "a handler that does nothing"
-        print(f"  {text:<33}{each:>6,.0f} us; latentd takes {found[name]['ratio']:.2f} of that")
+    found: dict[str, dict[str, float]] = {}
+    print(f"\n{own.kind} of {own.model}, {own.in_flight} in flight, by plain handlers:")
+    for name, empty in (("naive", False), ("empty", True))[: 2 if own == NAIVE[0] else 1]:
+        with naive.server(models / own.model / "1", threads, empty=empty) as to:
+            each = drive(to, own.kind, own.model, own.in_flight, seconds)
+        cpu_us, per_s = each["server_cpu_us_per_request"], each["requests"] / each["seconds"]
+        ratio = measured["server_cpu_us_per_request"] / cpu_us
+        speed = measured["requests"] / measured["seconds"] / per_s
+        found[name] = {"server_cpu_us_per_request": cpu_us, "requests_per_s": per_s, "ratio": ratio, "speed": speed}
+        text = "one that runs the network" if name == "naive" else "one that does nothing"
+        print(f"  {text:<26}{cpu_us:>6,.0f} us of CPU; latentd takes {ratio:.2f} of that, {speed:.2f} as many a second")
     return found
 
 
@@ -210,8 +216,11 @@ def main() -> int:
                     report["rest"] = rest(to)
                 own = [cell for cell in cells if cell.max_rows == max_rows]
                 report["cells"] += run(to, own, rates, options.seconds)
-        if any((cell.kind, cell.model) == NAIVE for cell in cells):
-            report["naive"] = compare_naive(report["cells"], models, options.threads, options.seconds)
+        report["naive"] = {
+            str(cell): compare_naive(cell, found, models, options.threads, options.seconds)
+            for cell, found in zip(sorted(cells, key=lambda cell: cell.max_rows), report["cells"], strict=True)
+            if cell in NAIVE
+        }
         report["bare"] = {name: asdict(rate) for name, rate in rates.items()}
         if any(cell.model == DIFFUSION and cell.in_flight == DEFAULT_ROWS for cell in cells):
             report["latency"] = compare_latencies(report["cells"], models, options.threads, options.seconds)

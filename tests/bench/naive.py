@@ -1,8 +1,8 @@
 """Servers that a few lines of grpc.aio make: what serving a network costs without any of what latentd does.
 
-Run as `python -m tests.bench.naive BUNDLE THREADS [--empty]`. It serves Decode of one bundle on loopback, one call of
-ONNX Runtime for each request in the handler itself, or, with `--empty`, a ready answer without a look at the request;
-and prints its port. It ends when its input does.
+Run as `python -m tests.bench.naive BUNDLE THREADS [--empty]`. It serves Decode and Sample of one bundle on loopback,
+one call of ONNX Runtime for each request in the handler itself, with latents by NumPy's own generator, or, with
+`--empty`, a ready answer without a look at the request; and prints its port. It ends when its input does.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import uvloop
 from latentd import tensor
 from latentd.v1 import bundle_pb2, generation_service_pb2_grpc, model_service_pb2, model_service_pb2_grpc
@@ -36,10 +37,20 @@ class _Decodes(generation_service_pb2_grpc.GenerationServiceServicer):
         (network,) = bundle.networks
         self._session = bare.session(directory, network, threads)
         self._input, self._output = network.inputs[0].name, network.outputs[0].name
+        self._shape = tuple(network.inputs[0].spec.shape)
 
     async def Decode(self, request: pb.DecodeRequest, context: Any) -> pb.DecodeResponse:
         (samples,) = self._session.run([self._output], {self._input: tensor.decode(request.latents)})
         return pb.DecodeResponse(samples=tensor.encode(samples))
+
+    async def Sample(self, request: pb.SampleRequest, context: Any) -> None:  # type: ignore[override]  # stubs: generators
+        shape = (request.sample_count, *self._shape)
+        latents = np.random.default_rng(request.seed).standard_normal(shape, np.float32)
+        (samples,) = self._session.run([self._output], {self._input: latents})
+        response = pb.SampleResponse()
+        response.result.sample_indices.extend(range(request.sample_count))
+        tensor.pack(samples, response.result.samples)
+        await context.write(response)
 
 
 class _Empty(generation_service_pb2_grpc.GenerationServiceServicer):

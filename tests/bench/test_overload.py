@@ -15,7 +15,11 @@ def test_the_overload_benchmark_tells_of_both_loads(tmp_path: Path) -> None:
     write_diffusion(tmp_path, "digits-diffusion")
     command = [sys.executable, "-m", "tests.bench.overload", "--models", str(tmp_path), "--seconds", "0.5"]
     done = subprocess.run(
-        [*command, "--factor", "0.5", "--ramp", "0.1", "--rounds", "2"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [*command, "--factor", "0.5", "--ramp", "0.1", "--rounds", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     peak = re.search(r"peak ([\d,]+) evaluations/s", done.stdout)
