@@ -26,6 +26,8 @@ _PLENTY = 4
 """So many times as long as everything outstanding takes is time enough for anybody; no more is asked then."""
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S, _UNKNOWN_RETRY_S = 0.05, 30.0, 1.0
 _PRESSED_S = 1.0
+"""How long after a refusal others are judged before they are read."""
+_CANCELLED_AHEAD_S = 0.02
 _LOOKED_AT = 256
 """Callers of a flow that an estimate looks at; the rest are taken to be like them."""
 
@@ -253,9 +255,10 @@ class Admission:
         if ticket is None:
             return
         if ticket.foreseen_s is not None:
-            late = now_s - ticket.admitted_s > ticket.foreseen_s
+            # Who gives a job up for its deadline does so a little before it passes.
+            late = now_s - ticket.admitted_s > ticket.foreseen_s - (0.0 if done else _CANCELLED_AHEAD_S)
             if late or done:
-                self._margin.saw(late=late)
+                self._margin.saw(now_s, late=late)
         for part in ticket.parts.values():
             if not ticket.paused:
                 self._exit(ticket, part)
@@ -373,7 +376,7 @@ class Admission:
             batches = sum(self._batches(each) for each in every)
             text = f"{batches} evaluations one after another take {alone_s:.3g} s or more; {left_s:.3g} s are left"
             raise DeadlineUnreachableError(text, alone_s)
-        margin = 1.0 if self._fits_a_batch(work) else self._margin.value
+        margin = 1.0 if self._fits_a_batch(work) else self._margin.read(now_s)
         foreseen_s = margin * (beside_s + self._estimate_s(work, caller, priority, now_s))
         if foreseen_s > left_s:
             self._refused_s = now_s

@@ -190,7 +190,7 @@ class Engine:
         self._models[job_id] = {stage.model for stage in stages(job)}
         self._idle.clear()
         admit = partial(self._admit, job_id, job, caller, priority, now, deadline)
-        self._hand_over.submit(admit, job.lane_count, alone=len(self._sinks) == 1)
+        self._hand_over.submit(admit, job.lane_count * job.rows_per_lane, alone=len(self._sinks) == 1)
         return job_id
 
     @property

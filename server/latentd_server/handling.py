@@ -173,8 +173,11 @@ def _leave_word(refusal: errors.Refusal, context: Context, peer: Peer) -> None:
     """Refuse without waiting for it: the status travels behind what was written, which may never be read."""
 
     async def refuse() -> None:
-        with contextlib.suppress(aio.AbortError, aio.InternalError):  # sent, or the call is over
-            await _refuse(refusal, context, peer)
+        try:
+            with contextlib.suppress(aio.InternalError):  # the call is over
+                await _refuse(refusal, context, peer)
+        except aio.AbortError as sent:
+            sent.__traceback__ = sent.__context__ = None  # as in `_handler`
 
     task = asyncio.create_task(refuse())
     _left.add(task)
@@ -198,6 +201,7 @@ async def guarded(work: Awaitable[Answer], end: Callable[[str, str], None], cont
         raise asyncio.CancelledError from None
     except Exception as error:
         refusal = errors.refusal(error)
+        error.__traceback__ = error.__context__ = error.__cause__ = None  # whoever keeps it would keep this call
         end(refusal.code.name, refusal.reason)
         if isinstance(error, ReaderTooSlowError):
             _leave_word(refusal, context, peer)

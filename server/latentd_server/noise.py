@@ -11,19 +11,22 @@ The map from integers to normals is in `quantile_table.py`; like Philox it uses 
 so that the bytes depend neither on NumPy's version nor on the CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentd_server.quantile_table import normals_of
+from latentd_server.quantile_table import write_normals
+
+Words = NDArray[np.uint32]
 
 _WORD = 2**64 - 1
 _PER_BLOCK = 8  # 32-bit words; a block is four of 64 bits
 _MOST = 2**31
 _PURPOSE_BITS = 8
+_AT_ONCE = 8192  # words of 64 bits
 
 
 class Purpose(IntEnum):
@@ -104,13 +107,12 @@ def normals(wanted: Sequence[Run], size: int) -> NDArray[np.float32]:
     Returns:
         [n, size] f32; a row depends on its seed, word, sample and step, and on `size`, alone.
     """
-    words = _words(wanted, size)
-    return _cut(normals_of(words.ravel()).reshape(words.shape), size)
+    return _draw(wanted, size, write_normals)
 
 
 def uniforms(wanted: Sequence[Run], size: int) -> NDArray[np.float32]:
     """Draw from U[0, 1), on a grid of 2**-24. Arguments and shapes are those of `normals`."""
-    return _cut(((_words(wanted, size) >> np.uint32(8)) * 2.0**-24).astype(np.float32), size)
+    return _draw(wanted, size, _write_uniforms)
 
 
 def labels(seed: int, samples: NDArray[np.int64], cumulative: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -127,8 +129,7 @@ def labels(seed: int, samples: NDArray[np.int64], cumulative: NDArray[np.float64
     Raises:
         ValueError: an index is out of range.
     """
-    first = _words(runs(word(Purpose.LABEL), seed, samples.tolist()), 1)[:, 0]
-    points = (first.astype(np.float64) + 0.5) * 2.0**-32  # never 0 or 1
+    points = _draw(runs(word(Purpose.LABEL), seed, samples.tolist()), 1, _write_midpoints, np.float64)[:, 0]
     drawn: NDArray[np.int64] = np.searchsorted(cumulative, points * cumulative[-1], side="right")
     return drawn
 
@@ -138,15 +139,26 @@ _spare: list[np.random.Philox] = []
 _EMPTY = (0, 0, 0, 0)  # a buffer with nothing in it
 
 
-def _words(wanted: Sequence[Run], size: int) -> NDArray[np.uint32]:
-    """The random 32-bit words of rows, whole blocks each."""
+def _draw(
+    wanted: Sequence[Run], size: int, write: Callable[[Words, NDArray[Any]], None], dtype: type = np.float32
+) -> NDArray[Any]:
+    """Rows of what `write` makes of the random words, some at a time: they take more memory than what they become."""
     blocks = -(-size // _PER_BLOCK)
-    together = np.empty((sum(run.length for run in wanted), 4 * blocks), np.uint64)
+    rows: NDArray[Any] = np.empty((sum(run.length for run in wanted), _PER_BLOCK * blocks), dtype)
+    flat, done = rows.reshape(-1), 0
+    words = np.empty(min(rows.size // 2, _AT_ONCE), np.uint64)
+    filled = 0
+
+    def flush() -> None:
+        nonlocal done, filled
+        halves = words[:filled].astype("<u8", copy=False).view("<u4").astype(np.uint32, copy=False)
+        write(halves, flat[done : done + 2 * filled])
+        done, filled = done + 2 * filled, 0
+
     try:
         philox = _spare.pop()
     except IndexError:
         philox = np.random.Philox(key=0)
-    row = 0
     for seed, own, first, other, length in wanted:
         state: Any = {  # NumPy takes tuples too, and faster
             "bit_generator": "Philox",
@@ -157,11 +169,23 @@ def _words(wanted: Sequence[Run], size: int) -> NDArray[np.uint32]:
             "uinteger": 0,
         }
         philox.state = state
-        together[row : row + length] = philox.random_raw((length, 4 * blocks))
-        row += length
+        left = length * blocks * len(_EMPTY)
+        while left:
+            count = min(left, len(words) - filled)
+            words[filled : filled + count] = philox.random_raw(count)
+            filled, left = filled + count, left - count
+            if filled == len(words):
+                flush()
     _spare.append(philox)
-    return together.astype("<u8", copy=False).view("<u4").astype(np.uint32, copy=False)
+    if filled:
+        flush()
+    return np.ascontiguousarray(rows[:, :size])
 
 
-def _cut(values: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    return np.ascontiguousarray(values[:, :size])
+def _write_uniforms(words: Words, out: NDArray[Any]) -> None:
+    np.multiply(words >> np.uint32(8), 2.0**-24, out=out, casting="same_kind")
+
+
+def _write_midpoints(words: Words, out: NDArray[Any]) -> None:
+    """The middles of 2**32 equal parts of (0, 1); exact in float64, and never 0 or 1."""
+    np.multiply(words + 0.5, 2.0**-32, out=out)

@@ -49,15 +49,13 @@ def _tabulate() -> Floats:
 _TABLE = _tabulate()
 
 
-def normals_of(words: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """One normal for each word, [k] u32 -> [k] f32; words that are each other's complement have opposite ones."""
-    out = np.empty(len(words), np.float32)
+def write_normals(words: NDArray[np.uint32], out: NDArray[np.float32]) -> None:
+    """One normal for each word, [k] u32 to [k] f32; words that are each other's complement have opposite ones."""
     size = min(len(words), _CHUNK)
     scratch = _Scratch(np.empty(size), np.empty(size), np.empty(size), np.empty(size, np.int64), np.empty((size, 4)))
     for start in range(0, len(words), _CHUNK):
         chunk = slice(start, start + _CHUNK)
         _convert(words[chunk], out[chunk], scratch)
-    return out
 
 
 class _Scratch(NamedTuple):

@@ -31,7 +31,7 @@ from latentd_server.plans import (
     Scoring,
 )
 from latentd_server.scheduler import key_of
-from latentd_server.wiring import Wiring, supporting
+from latentd_server.wiring import Wiring, supporting, wiring
 
 Model = model_pb2.Model
 
@@ -62,15 +62,16 @@ def least_work(request: Request, servable: Servable, limits: Limits) -> Work | N
     """
     if not isinstance(request, generation_service_pb2.SampleRequest) or servable.schedule is None:
         return None
-    steps, rows = _least_steps(request.diffusion, limits), request.sample_count or 1
+    default = min(wiring(servable).default_step_count, servable.schedule.timestep_count)
+    steps, rows = _least_steps(request.diffusion, limits, default), request.sample_count or 1
     if not 1 <= rows <= limits.max_samples or request.HasField("size"):
         return None
     key = key_of(servable.model.name, bundle_pb2.Network.ROLE_DENOISER, servable.size)
     return Work(key, steps, rows, rows * steps)
 
 
-def _least_steps(options: generation_service_pb2.DiffusionOptions, limits: Limits) -> int:
-    steps = len(options.timesteps) or options.step_count or 1
+def _least_steps(options: generation_service_pb2.DiffusionOptions, limits: Limits, default: int = 1) -> int:
+    steps = len(options.timesteps) or options.step_count or min(default, limits.max_steps)
     cut_short = options.HasField("start")
     return 1 if cut_short or not 1 <= steps <= limits.max_steps else steps
 

@@ -12,7 +12,10 @@ _SURPRISE = 2.0  # one call moves the mean as if it had taken this many times th
 _FORGETTING = 1.01  # the fastest call is believed to be slower by this at every other call
 _LATE = 0.02  # share of jobs that may take longer than foreseen, the margin counted
 _STEP = 0.05  # of a margin, at most
-_LEAST_MARGIN, _MOST_MARGIN = 1.05, 2.0
+_LEAST_MARGIN, _FIRST_MARGIN, _MOST_MARGIN = 1.05, 1.1, 2.0
+_MARGIN_LASTS_S = 20.0
+_ONE_CAUSE_S = 0.1
+"""Jobs that are late so soon after one another were held up by the same thing."""
 _TRUSTED = 2  # calls of a size before its fastest is a bound
 
 
@@ -98,15 +101,27 @@ class Margin:
     """How many times as long as foreseen jobs take, but for a few in a hundred: what estimates are multiplied by.
 
     A quantile followed by steps, up at what was late and down at what was not, in the proportion that balances there
-    (stochastic approximation; Robbins and Monro, Ann. Math. Statist. 22(3), 1951).
+    (stochastic approximation; Robbins and Monro, Ann. Math. Statist. 22(3), 1951). It is forgotten with time, or a
+    margin that lets nobody in could never be found too wide.
     """
 
-    value: float = 1.1
+    value: float = _FIRST_MARGIN  # at `at_s`
+    at_s: float = 0.0
+    _raised_s: float = -math.inf
 
-    def saw(self, *, late: bool) -> None:
+    def read(self, now_s: float) -> float:
+        """The margin now."""
+        return _FIRST_MARGIN + (self.value - _FIRST_MARGIN) * math.exp((self.at_s - now_s) / _MARGIN_LASTS_S)
+
+    def saw(self, now_s: float, *, late: bool) -> None:
         """Learn whether a job took longer than foreseen, with the margin."""
+        if late and now_s - self._raised_s < _ONE_CAUSE_S:
+            return
+        if late:
+            self._raised_s = now_s
         step = 1 + _STEP * (1 - _LATE) if late else 1 - _STEP * _LATE
-        self.value = min(_MOST_MARGIN, max(_LEAST_MARGIN, self.value * step))
+        self.value = min(_MOST_MARGIN, max(_LEAST_MARGIN, self.read(now_s) * step))
+        self.at_s = now_s
 
 
 @dataclass(slots=True)

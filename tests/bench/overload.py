@@ -217,9 +217,9 @@ def main() -> int:
     closed = Load(0.0, min(options.ramp, options.seconds / 4), options.seconds, options.samples)
     with server(options.models, 1) as running:
         peak = cell(running.address, closed)["evaluations_per_s"]
-        per_s = options.factor * peak / (options.samples * sum(STEPS) / len(STEPS))
-        print(f"peak {peak:,.0f} evaluations/s, closed loop of {IN_FLIGHT} samples; offered {per_s:,.0f} requests/s")
-        load = Load(per_s, options.ramp, options.seconds, options.samples)
+        print(f"peak {peak:,.0f} evaluations/s, closed loop of {IN_FLIGHT} samples")
+        requests = options.factor / (options.samples * sum(STEPS) / len(STEPS))  # for each evaluation of the peak
+        load = Load(requests, options.ramp, options.seconds, options.samples)
         _compare(
             f"{options.timeout:g} s each",
             running.address,
@@ -229,29 +229,29 @@ def main() -> int:
         )
     with server(options.models, 1, "--max-backlog", str(round(BACKLOG_S * peak))) as running:
         _compare(f"no deadline, a backlog of {BACKLOG_S:g} s", running.address, closed, load, options.rounds)
-    found = refusals(options.seconds, min(per_s, MOST_REFUSALS_PER_S))
+    found = refusals(options.seconds, min(requests * peak, MOST_REFUSALS_PER_S))
     print(f"nothing but refusals: {found['count']}, {found['ends']}")
     print(f"  the server's CPU time {found['server_cpu_us']:.0f} us each, the client's {found['client_cpu_us']:.0f}")
     return 0
 
 
 def _compare(name: str, address: str, closed: Load, load: Load, rounds: int) -> None:
-    """Peak and overload in turns."""
+    """Peak and overload in turns; `load.per_s` is in requests for each evaluation of the peak."""
     goodputs = []
     print(f"{name}:")
     for _ in range(rounds):
         peak = cell(address, closed)["evaluations_per_s"]
-        found = cell(address, load)
+        found = cell(address, replace(load, per_s=load.per_s * peak))
         goodputs.append(found["evaluations_per_s"] / peak)
-        _print(goodputs[-1], peak, found)
+        _print(goodputs[-1], peak, load.per_s * peak, found)
     print(f"  goodput, median: {statistics.median(goodputs):.2f} of the peak", flush=True)
 
 
-def _print(goodput: float, peak: float, result: dict[str, Any]) -> None:
+def _print(goodput: float, peak: float, per_s: float, result: dict[str, Any]) -> None:
     def listed(values: dict[str, float], unit: str) -> str:
         return ", ".join(f"{key} {value:.3g} {unit}" for key, value in values.items()) or "none"
 
-    print(f"  goodput {goodput:.2f} of the peak of {peak:,.0f}; ends {result['ends']}")
+    print(f"  goodput {goodput:.2f} of the peak of {peak:,.0f}, {per_s:,.0f} requests/s offered; ends {result['ends']}")
     print(f"    refused within {listed(result['refusal_ms'], 'ms')}")
     print(f"    told to come back in {listed(result['retry_after_s'], 's')}", flush=True)
 

@@ -11,8 +11,10 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from bundles import SHAPE
 from latentd import tensor
 from latentd.v1 import generation_service_pb2 as pb
+from latentd_server.failures import RuntimeFailureError
 from live import Live
 
 D, V = "tiny-diffusion", "tiny-vae"
@@ -49,10 +51,49 @@ def hurried(live: Live) -> None:
         list(live.stub.Sample(sample(), timeout=2e-3))
 
 
+def failed(live: Live, ask: Callable[[], Any]) -> None:
+    """An accepted call that the engine gives up."""
+
+    async def give_up() -> None:
+        live.serving.engine.give_up(f"{D}@1", RuntimeFailureError(D))
+
+    call = ask()
+    next(call)
+    live.call(give_up())
+    with contextlib.suppress(grpc.RpcError):
+        list(call)
+
+
+def failed_unary(live: Live) -> None:
+    """Samples to encode that fail while they walk."""
+
+    async def give_up() -> None:
+        live.serving.engine.give_up(f"{D}@1", RuntimeFailureError(D))
+
+    call = live.stub.Encode.future(INVERSION, timeout=60)
+    while not live.unfinished and not call.done():
+        live.turn()
+    live.call(give_up())
+    with contextlib.suppress(grpc.RpcError):
+        call.result()
+
+
+def junk(live: Live) -> None:
+    send = live.channel.stream_stream("/latentd.v1.GenerationService/Stream")
+    refused(lambda: list(send(iter([JUNK]), timeout=60)))
+
+
 def loop(live: Live) -> None:
     live.loop(pb.SampleRequest(model=D, seed=3, diffusion=pb.DiffusionOptions(sampler="ddim", step_count=3)))
 
 
+JUNK = b"\xff\xff\xff"
+LONG = pb.SampleRequest(
+    model=D, seed=1, sample_count=4, diffusion=pb.DiffusionOptions(step_count=100, preview_interval_steps=1)
+)
+INVERSION = pb.EncodeRequest(
+    model=D, samples=tensor.encode(np.zeros((4, *SHAPE), np.float32)), diffusion=pb.DiffusionOptions(step_count=100)
+)
 UNKNOWN = pb.SampleRequest(model="nobody")
 MANY = pb.SampleRequest(model=D, sample_count=5)
 DECODE = pb.DecodeRequest(model=V, latents=tensor.encode(np.zeros((2, 3), np.float32)))
@@ -69,6 +110,12 @@ CASES: dict[str, Callable[[Live], Any]] = {
     "cancelled": cancelled,
     "stream": lambda live: live.stream(*(pb.StreamRequest(id=i, sample=sample()) for i in range(3))),
     "refused on a stream": lambda live: live.stream(pb.StreamRequest(id=1, sample=UNKNOWN)),
+    "junk on a stream": junk,
+    "failed": lambda live: failed(live, lambda: live.stub.Sample(LONG, timeout=60)),
+    "failed unary": failed_unary,
+    "failed on a stream": lambda live: failed(
+        live, lambda: live.stub.Stream(iter([pb.StreamRequest(id=1, sample=LONG)]), timeout=60)
+    ),
     "loop": loop,
 }
 
