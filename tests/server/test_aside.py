@@ -19,7 +19,7 @@ from latentd_server.failures import OverloadedError
 from manual_engine import ManualEngine
 
 V, D = "tiny-vae", "tiny-diffusion"
-MANY, FEW = 2560, 2
+MANY, FEW = 1024, 2
 """Rows of 16 elements, which are beyond `SMALL_BYTES` in float32 together, and not."""
 
 
