@@ -11,7 +11,7 @@ from functools import partial
 from latentd_server.failures import OverloadedError
 
 SMALL_BYTES = 32 * 2**10
-"""What is drawn at once, on the event loop: it takes less than a tenth of a millisecond, and handing it over as long."""
+"""What is drawn at once, on the event loop: less than a tenth of a millisecond, and handing over takes as long."""
 MOST_BYTES = 256 * 2**20
 """What may wait. Requests whose work the engine has accepted pass; their rows are in its backlog until they finish."""
 _SHORTEST_RETRY_S, _UNKNOWN_RETRY_S = 0.05, 1.0

@@ -135,7 +135,7 @@ def labels(seed: int, samples: NDArray[np.int64], cumulative: NDArray[np.float64
 
 
 _spare: list[np.random.Philox] = []
-"""Generators that nobody uses: to place one takes half a microsecond, to make one six. Threads take turns at none."""
+"""Generators that nobody uses now; who draws takes one out. To place one takes half a microsecond, to make one six."""
 _EMPTY = (0, 0, 0, 0)  # a buffer with nothing in it
 
 
