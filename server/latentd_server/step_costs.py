@@ -14,7 +14,7 @@ _LATE = 0.02  # share of jobs that may take longer than foreseen, the margin cou
 _STEP = 0.05  # of a margin, at most
 _LEAST_MARGIN, _FIRST_MARGIN, _MOST_MARGIN = 1.05, 1.1, 2.0
 _MARGIN_LASTS_S = 20.0
-_ONE_CAUSE_S = 0.1
+_ONE_CAUSE_S = 0.01
 """Jobs that are late so soon after one another were held up by the same thing."""
 _TRUSTED = 2  # calls of a size before its fastest is a bound
 
