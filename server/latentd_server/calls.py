@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from latentd.v1 import bundle_pb2, generation_service_pb2
@@ -290,9 +291,9 @@ def _job(
         if value is not None:
             feeds[entry.name] = value
         elif entry.source == Source.SOURCE_CLASS_LABEL:
-            feeds[entry.name] = np.full(count, -1, np.int64)
+            feeds[entry.name] = _alike(-1, (count,), np.int64)
         elif purpose is None:
-            feeds[entry.name] = np.zeros((count, *entry.shape), np.float32)
+            feeds[entry.name] = _alike(0, (count, *entry.shape), np.float32)
         else:
             feeds[entry.name] = _noise(graph, entry, purpose)
     return CallJob(
@@ -303,8 +304,13 @@ def _job(
         outputs=tuple(outputs),
         seed=seed,
         sample_indices=sample_indices,
-        draw_indices=np.zeros_like(sample_indices) if draw_indices is None else draw_indices,
+        draw_indices=_alike(0, (count,), np.int64) if draw_indices is None else draw_indices,
     )
+
+
+def _alike(value: int, shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
+    """An array that is the same everywhere, and takes no memory."""
+    return np.broadcast_to(np.array(value, dtype), shape)
 
 
 def _noise(graph: Graph, entry: Input, purpose: Purpose) -> Noise:

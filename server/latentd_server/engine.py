@@ -25,6 +25,7 @@ from latentd.v1 import bundle_pb2
 from latentd_server.admission import Admission, Bounds, Work
 from latentd_server.courses import Course
 from latentd_server.failures import DeadlineError, DrainingError, RuntimeFailureError, ServingError
+from latentd_server.handback import HandBack
 from latentd_server.handover import Command, HandOver
 from latentd_server.job import Array, Cost, Event, Failed, Finished, Job, Preview, StepJob, stages
 from latentd_server.lookahead import Lookahead
@@ -131,6 +132,7 @@ class Engine:
         self._leavers: set[int] = set()  # cancelled, and still on the books; both sides' own
         self._commands: queue.SimpleQueue[list[Command]] = queue.SimpleQueue()
         self._hand_over = HandOver(self._loop, clock, self._commands, max_rows)
+        self._hand_back = HandBack(self._loop, self._deliver)
         # From here on: the device thread's own.
         self._runners: dict[GraphKey, Runner] = {}
         self._newcomers: list[tuple[dict[GraphKey, Runner], bool]] = []  # not yet among them
@@ -644,6 +646,6 @@ class Engine:
         if self._outbox:
             events, self._outbox = self._outbox, []
             try:
-                self._loop.call_soon_threadsafe(self._deliver, events)
+                self._hand_back.hand(events)
             except RuntimeError:  # the loop is closed: the process is going down and nobody listens
                 log.warning("the event loop is gone; %d events are dropped", len(events))
