@@ -119,7 +119,7 @@ class Config(BaseModel):
         "done; 0 is never",
     )
     threads: int = Field(0, ge=0, le=1024, description="threads of one network call on the CPU; 0 takes all cores")
-    max_batch_rows: int = Field(32, ge=2, le=4096, description="rows of one network call; a guided sample takes two")
+    max_batch_rows: int = Field(64, ge=2, le=4096, description="rows of one network call; a guided sample takes two")
     max_backlog: int = Field(
         1_000_000, ge=1, description="evaluations that may be accepted and not yet run; more are refused"
     )

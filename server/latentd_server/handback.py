@@ -28,8 +28,8 @@ def weight(events: Events) -> int:
 
 
 class HandBack:
-    """The way from the device thread to the event loop. What is on it is bounded, whatever holds the loop up: one that is
-    behind learns late that a reader is slow, and calls of a network can be shorter than writing down what they gave.
+    """The way from the device thread to the event loop. What is on it is bounded, whatever holds the loop up: one that
+    is behind learns late that a reader is slow, and a call of a network can be shorter than writing down what it gave.
 
     So that the device need not wait for the loop as a rule, one batch of any size may be on its way beside the limit.
     """

@@ -10,7 +10,6 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,10 @@ from tests.bench.load import STEPS
 from tests.bench.served import Server, drive, server
 
 VAE, DIFFUSION = "digits-vae", "digits-diffusion"
-DEFAULT_ROWS = 32
+DEFAULT_ROWS = 64
+"""Of a batch, unless the server is told otherwise."""
+MANY = 32
+"""In flight, where step counts are compared."""
 
 
 class Cell(NamedTuple):
@@ -33,7 +35,7 @@ class Cell(NamedTuple):
     kind: str
     model: str
     in_flight: int
-    max_rows: int = 32  # of a batch; the server's default unless it says otherwise
+    max_rows: int = DEFAULT_ROWS
 
     def __str__(self) -> str:
         wide = "" if self.max_rows == DEFAULT_ROWS else f":{self.max_rows}"
@@ -61,7 +63,7 @@ CELLS = (
     Cell("stream-mix", DIFFUSION, 32),
 )
 NAIVE = (CELLS[0], Cell("sample-256", bundles.TINY_VAE, 1, 256), Cell("sample-256", bundles.TINY_VAE, 8, 256))
-"""Loads that plain handlers get too; the first, one that does nothing as well."""
+"""Loads that plain handlers get too."""
 _IDLE_S = 2.0
 
 
@@ -83,39 +85,42 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def yardsticks(models: Path, names: set[str], threads: int, seconds: float) -> dict[str, bare.Rate]:
-    """What a bare loop does with each model, for so many seconds each."""
-    rates = {}
+def yardsticks(models: Path, names: set[str], threads: int, seconds: float) -> dict[str, bare.Loop]:
+    """A bare loop for each model at the batch size at which it is fastest; to find it takes so many seconds each."""
+    loops = {}
     for name in sorted(names):
         directory = models / name / "1"
         if name == DIFFUSION:
-            rates[name] = bare.best_walk(directory, STEPS, threads, seconds)
+            loops[name] = bare.best_walk(directory, STEPS, threads, seconds)
         else:
-            rates[name] = bare.best_call(directory, bundle_pb2.Network.ROLE_DECODER, threads, seconds)
-        rate = rates[name]
-        print(f"bare {name}: {rate.per_second:,.0f} samples/s at batch {rate.batch_size}", flush=True)
-    return rates
+            loops[name] = bare.best_call(directory, bundle_pb2.Network.ROLE_DECODER, threads, seconds)
+        print(f"bare {name}: fastest in batches of {loops[name].batch_size}", flush=True)
+    return loops
 
 
-def run(to: Server, cells: list[Cell], rates: dict[str, bare.Rate], seconds: float) -> list[dict[str, Any]]:
-    """Every load, a line each."""
+def run(to: Server, cells: list[Cell], loops: dict[str, bare.Loop], seconds: float) -> list[dict[str, Any]]:
+    """Every load, a line each. The bare loop is measured just before and just after: the machine's speed changes."""
     print(
-        f"{'load':<18}{'model':<18}{'in flight':>10}{'samples/s':>11}{'of bare':>9}{'per CPU s':>11}"
+        f"{'load':<18}{'model':<18}{'in flight':>10}{'samples/s':>11}{'bare':>11}{'of bare':>9}{'per CPU s':>11}"
         f"{'CPU us/req':>12}{'rows':>6}{'fill':>6}{'p50 ms':>9}"
     )
     measured = []
     for cell in cells:
+        loop = loops[cell.model]
+        before = loop.measure(seconds / 4)
         found = drive(to, cell.kind, cell.model, cell.in_flight, seconds)
-        rate = rates[cell.model]
+        around = (before, loop.measure(seconds / 4))
         found |= {"load": cell.kind, "model": cell.model, "in_flight": cell.in_flight, "max_rows": cell.max_rows}
-        found["ratio"] = found["rows_per_second"] / rate.per_second
-        found["cpu_ratio"] = found["rows_per_server_cpu_second"] / rate.per_cpu_second
+        found["bare_per_second"] = sum(rate.per_second for rate in around) / 2
+        found["bare_per_cpu_second"] = sum(rate.per_cpu_second for rate in around) / 2
+        found["ratio"] = found["rows_per_second"] / found["bare_per_second"]
+        found["cpu_ratio"] = found["rows_per_server_cpu_second"] / found["bare_per_cpu_second"]
         lanes = cell.in_flight * found["rows"] // found["requests"]
         found["fill"] = found["mean_batch_rows"] / min(lanes, cell.max_rows)
         measured.append(found)
         print(
             f"{cell.kind:<18}{cell.model:<18}{cell.in_flight:>10}{found['rows_per_second']:>11,.0f}"
-            f"{found['ratio']:>9.2f}{found['cpu_ratio']:>11.2f}{found['server_cpu_us_per_request']:>12,.0f}"
+            f"{found['bare_per_second']:>11,.0f}{found['ratio']:>9.2f}{found['cpu_ratio']:>11.2f}{found['server_cpu_us_per_request']:>12,.0f}"
             f"{found['mean_batch_rows']:>6.1f}{found['fill']:>6.2f}{found['p50_ms']:>9.2f}",
             flush=True,
         )
@@ -124,11 +129,11 @@ def run(to: Server, cells: list[Cell], rates: dict[str, bare.Rate], seconds: flo
 
 def compare_latencies(measured: list[dict[str, Any]], models: Path, threads: int, seconds: float) -> dict[str, Any]:
     """Latencies by step count of the diffusion mix, against batches that are held until their longest walk is done."""
-    held = bare.held_to_longest(models / DIFFUSION / "1", STEPS, DEFAULT_ROWS, threads, seconds)
+    held = bare.held_to_longest(models / DIFFUSION / "1", STEPS, MANY, threads, seconds)
     found: dict[str, Any] = {"held_to_longest_ms": held}
     print(f"\nmedian latency by step count, 32 in flight; batches held to their longest walk: {_by_steps(held)}")
     for cell in measured:
-        if cell["model"] == DIFFUSION and cell["in_flight"] == DEFAULT_ROWS:
+        if cell["model"] == DIFFUSION and cell["in_flight"] == MANY:
             ratio = cell["p50_ms_by_steps"][str(STEPS[0])] / held[STEPS[0]]
             found[cell["load"]] = {"p50_ms_by_steps": cell["p50_ms_by_steps"], "ratio_of_shortest": ratio}
             text = _by_steps({int(steps): each for steps, each in cell["p50_ms_by_steps"].items()})
@@ -144,18 +149,18 @@ def compare_naive(
     own: Cell, measured: dict[str, Any], models: Path, threads: int, seconds: float
 ) -> dict[str, dict[str, float]]:
     """Server CPU and requests a second of one load, against a plain grpc.aio handler that calls the network itself, and
-    for the first of `NAIVE` one that does nothing at all.
+    one that has its answer ready.
     """
     found: dict[str, dict[str, float]] = {}
     print(f"\n{own.kind} of {own.model}, {own.in_flight} in flight, by plain handlers:")
-    for name, empty in (("naive", False), ("empty", True))[: 2 if own == NAIVE[0] else 1]:
+    for name, empty in (("naive", False), ("empty", True)):
         with naive.server(models / own.model / "1", threads, empty=empty) as to:
             each = drive(to, own.kind, own.model, own.in_flight, seconds)
         cpu_us, per_s = each["server_cpu_us_per_request"], each["requests"] / each["seconds"]
         ratio = measured["server_cpu_us_per_request"] / cpu_us
         speed = measured["requests"] / measured["seconds"] / per_s
         found[name] = {"server_cpu_us_per_request": cpu_us, "requests_per_s": per_s, "ratio": ratio, "speed": speed}
-        text = "one that runs the network" if name == "naive" else "one that does nothing"
+        text = "one that runs the network" if name == "naive" else "one that only answers"
         print(f"  {text:<26}{cpu_us:>6,.0f} us of CPU; latentd takes {ratio:.2f} of that, {speed:.2f} as many a second")
     return found
 
@@ -207,7 +212,7 @@ def main() -> int:
             bundles.write(models, name)
         for name in trained:
             (models / name).symlink_to((options.models / name).resolve())
-        rates = yardsticks(models, {cell.model for cell in cells}, options.threads, 3 * options.seconds)
+        loops = yardsticks(models, {cell.model for cell in cells}, options.threads, 3 * options.seconds)
         report["cells"] = []
         for max_rows in sorted({cell.max_rows for cell in cells}):
             with server(models, options.threads, "--max-batch-rows", str(max_rows)) as to:
@@ -215,14 +220,14 @@ def main() -> int:
                 if max_rows == DEFAULT_ROWS:
                     report["rest"] = rest(to)
                 own = [cell for cell in cells if cell.max_rows == max_rows]
-                report["cells"] += run(to, own, rates, options.seconds)
+                report["cells"] += run(to, own, loops, options.seconds)
         report["naive"] = {
             str(cell): compare_naive(cell, found, models, options.threads, options.seconds)
             for cell, found in zip(sorted(cells, key=lambda cell: cell.max_rows), report["cells"], strict=True)
             if cell in NAIVE
         }
-        report["bare"] = {name: asdict(rate) for name, rate in rates.items()}
-        if any(cell.model == DIFFUSION and cell.in_flight == DEFAULT_ROWS for cell in cells):
+        report["bare_batch_sizes"] = {name: loop.batch_size for name, loop in loops.items()}
+        if any(cell.model == DIFFUSION and cell.in_flight == MANY for cell in cells):
             report["latency"] = compare_latencies(report["cells"], models, options.threads, options.seconds)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")

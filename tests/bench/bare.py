@@ -7,6 +7,7 @@ update as three lines of NumPy. Nothing that serves can be expected to beat it b
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,29 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 class Rate:
     """What a loop achieved."""
 
-    batch_size: int
     per_second: float  # rows by wall time
     per_cpu_second: float  # rows by CPU time of this process
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop over one network."""
+
+    batch_size: int
+    turn: Callable[[], int]  # one turn of it; returns the rows it made
+
+    def measure(self, seconds: float) -> Rate:
+        """Go round for so long, after a turn that is not counted."""
+        self.turn()
+        rows, wall, cpu = 0, time.perf_counter(), time.process_time()
+        while time.perf_counter() - wall < seconds:
+            rows += self.turn()
+        return Rate(rows / (time.perf_counter() - wall), rows / (time.process_time() - cpu))
+
+
+def best(loops: list[Loop], seconds: float) -> Loop:
+    """The fastest, where all of them together are given so long."""
+    return max(loops, key=lambda loop: loop.measure(seconds / len(loops)).per_second)
 
 
 def read(directory: Path) -> bundle_pb2.Bundle:
@@ -56,21 +77,12 @@ def feeds(network: bundle_pb2.Network, rows: int, class_count: int, timestep_cou
     return made
 
 
-def measure(run: Callable[[], int], seconds: float) -> tuple[float, float]:
-    """Rows per wall second and per CPU second of repeating `run`, which returns the rows it made."""
-    run()
-    rows, wall, cpu = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() - wall < seconds:
-        rows += run()
-    return rows / (time.perf_counter() - wall), rows / (time.process_time() - cpu)
-
-
-def best_call(directory: Path, role: int, threads: int, seconds: float) -> Rate:
-    """The best rate of plain calls of one graph over all batch sizes."""
+def best_call(directory: Path, role: int, threads: int, seconds: float) -> Loop:
+    """Plain calls of one graph, at the best of all batch sizes."""
     bundle = read(directory)
     network = next(network for network in bundle.networks if network.role == role)
     running = session(directory, network, threads)
-    rates = []
+    loops = []
     for size in SIZES:
         inputs = feeds(network, size, max(1, len(bundle.model.class_names)), len(bundle.model.diffusion.alphas) or 1)
         outputs = [network.outputs[0].name]
@@ -79,12 +91,12 @@ def best_call(directory: Path, role: int, threads: int, seconds: float) -> Rate:
             running.run(outputs, inputs)
             return size
 
-        rates.append(Rate(size, *measure(run, seconds / len(SIZES))))
-    return max(rates, key=lambda rate: rate.per_second)
+        loops.append(Loop(size, run))
+    return best(loops, seconds)
 
 
-def best_walk(directory: Path, steps: tuple[int, ...], threads: int, seconds: float) -> Rate:
-    """Samples by a DDIM loop (eta 0) with equal shares of each step count, every kind batched with its equals."""
+def best_walk(directory: Path, steps: tuple[int, ...], threads: int, seconds: float) -> Loop:
+    """Samples by DDIM (eta 0) with equal shares of each step count, every kind batched with its equals."""
     bundle = read(directory)
     (network,) = bundle.networks
     running = session(directory, network, threads)
@@ -112,11 +124,10 @@ def best_walk(directory: Path, steps: tuple[int, ...], threads: int, seconds: fl
             x = alpha * x0 + sigma * eps
         return size
 
-    rates = [
-        Rate(size, *measure(lambda size=size: sum(walk(size, count) for count in steps), seconds / 3))  # type: ignore[misc]
-        for size in (8, 16, 32)
-    ]
-    return max(rates, key=lambda rate: rate.per_second)
+    def turn(size: int) -> int:
+        return sum(walk(size, count) for count in steps)
+
+    return best([Loop(size, partial(turn, size)) for size in (8, 16, 32)], seconds)
 
 
 def held_to_longest(

@@ -2,7 +2,7 @@
 
 Run as `python -m tests.bench.naive BUNDLE THREADS [--empty]`. It serves Decode and Sample of one bundle on loopback,
 one call of ONNX Runtime for each request in the handler itself, with latents by NumPy's own generator, or, with
-`--empty`, a ready answer without a look at the request; and prints its port. It ends when its input does.
+`--empty`, a ready answer (of zeros, to Sample); and prints its port. It ends when its input does.
 """
 
 import asyncio
@@ -47,24 +47,36 @@ class _Decodes(generation_service_pb2_grpc.GenerationServiceServicer):
         shape = (request.sample_count, *self._shape)
         latents = np.random.default_rng(request.seed).standard_normal(shape, np.float32)
         (samples,) = self._session.run([self._output], {self._input: latents})
-        response = pb.SampleResponse()
-        response.result.sample_indices.extend(range(request.sample_count))
-        tensor.pack(samples, response.result.samples)
-        await context.write(response)
+        await context.write(_result(samples))
+
+
+def _result(samples: Any) -> pb.SampleResponse:
+    response = pb.SampleResponse()
+    response.result.sample_indices.extend(range(len(samples)))
+    tensor.pack(samples, response.result.samples)
+    return response
 
 
 class _Empty(generation_service_pb2_grpc.GenerationServiceServicer):
-    def __init__(self) -> None:
+    def __init__(self, bundle: bundle_pb2.Bundle) -> None:
         self._answer = pb.DecodeResponse()
+        self._shape = tuple(bundle.model.sample_spec.shape)
+        self._results: dict[int, pb.SampleResponse] = {}  # by count
 
     async def Decode(self, request: pb.DecodeRequest, context: Any) -> pb.DecodeResponse:
         return self._answer
+
+    async def Sample(self, request: pb.SampleRequest, context: Any) -> None:  # type: ignore[override]  # stubs: generators
+        count = request.sample_count
+        if count not in self._results:
+            self._results[count] = _result(np.zeros((count, *self._shape), np.float32))
+        await context.write(self._results[count])
 
 
 async def _serve(directory: Path, threads: int, *, empty: bool) -> None:
     bundle = bare.read(directory)
     server = grpc.aio.server()
-    servicer = _Empty() if empty else _Decodes(directory, bundle, threads)
+    servicer = _Empty(bundle) if empty else _Decodes(directory, bundle, threads)
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]  # stubs
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(_Models(bundle), server)  # type: ignore[no-untyped-call]  # stubs
     port = server.add_insecure_port("127.0.0.1:0")
