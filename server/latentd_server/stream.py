@@ -263,7 +263,9 @@ class IdReply:
 
 
 def _packed(responses: list[pb.StreamResponse]) -> pb.StreamResponse:
-    return pb.StreamResponse(batch=pb.StreamResponseBatch(responses=responses))
+    together = pb.StreamResponse()
+    together.batch.responses.extend(responses)
+    return together
 
 
 _KINDS: dict[str, tuple[Callable[..., Any], str, str]] = {
