@@ -52,6 +52,7 @@ CELLS = (
     Cell("stream-sample-256", bundles.TINY_VAE, 8, 256),
     Cell("decode-16", bundles.GENERATOR, 32),
     Cell("stream-decode-16", bundles.GENERATOR, 32),
+    Cell("stream-decode-16", bundles.GENERATOR, 32, 256),
     Cell("decode", VAE, 32),
     Cell("stream-decode", VAE, 32),
     Cell("sample-256", VAE, 1),
