@@ -84,9 +84,9 @@ def load(directory: Path, terms: Terms, served: Mapping[str, Servable] = _NONE) 
     for size, variant in [(None, stored), *variants.items()]:
         for network in variant.message.networks:
             with compiling():
-                runner, trial, data = _prepared(network, variant, terms)
+                runner, trial, graph, data = _prepared(network, variant, terms)
                 known = circumstances | {"graph": hashlib.sha256(data).hexdigest(), "latentd": __version__}
-                certificate = _certificate(trial, known, terms)
+                certificate = _certificate(trial, graph, known, terms)
             runner.buckets = certificate.buckets
             key = key_of(model.name, network.role, size)
             shape = tuple(state_spec(variant.message.model).shape)
@@ -151,13 +151,14 @@ def state_room(terms: Terms, shape: tuple[int, ...]) -> StateRoom:
 
 def _prepared(
     network: bundle_pb2.Network, stored: StoredBundle, terms: Terms
-) -> tuple[CallRunner | StepRunner, Trial, bytes]:
-    """A graph on the device, its trial, and what was compiled. The denoiser is wrapped in the step graph."""
+) -> tuple[CallRunner | StepRunner, Trial, CompiledGraph, bytes]:
+    """What runs a graph, its trial, the graph on the device, and what was compiled: a denoiser in the step graph."""
     model, data = stored.message.model, stored.graphs[network.role]
     everything = Buckets(bucket_sizes(terms.max_rows, terms.device.kind))
     if network.role != bundle_pb2.Network.ROLE_DENOISER:
-        calls = CallRunner(CompiledGraph(data, terms.device, terms.threads), network, everything)
-        return calls, CallTrial(calls, network, model, terms.max_rows), data
+        graph = CompiledGraph(data, terms.device, terms.threads)
+        calls = CallRunner(graph, network, everything)
+        return calls, CallTrial(calls, network, model, terms.max_rows), graph, data
     by_source = {value.source: value.name for value in network.inputs}
     label = by_source.get(_Source.SOURCE_CLASS_LABEL)
     shape = tuple(state_spec(model).shape)
@@ -171,11 +172,12 @@ def _prepared(
     )
     has_label = label is not None
     room = state_room(terms, shape)
-    steps = StepRunner(CompiledGraph(data, room.device, terms.threads), shape, everything, lanes=room.slots)
-    return steps, StepTrial(steps, model, has_label, terms.max_rows), data
+    graph = CompiledGraph(data, room.device, terms.threads)
+    steps = StepRunner(graph, shape, everything, lanes=room.slots)
+    return steps, StepTrial(steps, model, has_label, terms.max_rows), graph, data
 
 
-def _certificate(trial: Trial, known: Mapping[str, str], terms: Terms) -> Certificate:
+def _certificate(trial: Trial, graph: CompiledGraph, known: Mapping[str, str], terms: Terms) -> Certificate:
     """Try a graph, or look up what trying it gave before; either way it is warm afterwards.
 
     A kept certificate is believed when the smallest call still gives the bytes it gave then.
@@ -189,6 +191,8 @@ def _certificate(trial: Trial, known: Mapping[str, str], terms: Terms) -> Certif
     if found is not None:
         log.warning("a kept certificate is not believed, since the bytes are not those of then; the graph is tried")
     certificate = certify(trial, sizes)
+    with graph.giving_back():
+        witness(trial, certificate.buckets)
     if certificate.promise is not Promise.NOTHING:
         terms.cache.keep(known, sizes, certificate)
     return certificate

@@ -279,6 +279,7 @@ class CompiledGraph:
         """
         self.device = device
         self._run_options: dict[int, Any] = {}
+        self._gives_back = False
         with compiling():
             self._session, self.captures = _compile(data, device, threads, capture and device.cuda.graphs)
         self.inputs = tuple(value.name for value in self._session.get_inputs())
@@ -292,7 +293,20 @@ class CompiledGraph:
         """The graph with nothing bound yet."""
         return BoundGraph(self._session, self.device, self._options)
 
+    @contextlib.contextmanager
+    def giving_back(self) -> Iterator[None]:
+        """On the CPU, calls made meanwhile return to the heap what larger calls before them had taken."""
+        self._gives_back = not self.device.has_memory
+        try:
+            yield
+        finally:
+            self._gives_back = False
+
     def _options(self, capture: int) -> Any:
+        if self._gives_back:
+            options = onnxruntime.RunOptions()
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+            return options
         if not self.captures:
             return None
         if capture not in self._run_options:
