@@ -63,6 +63,9 @@ class EngineMetrics(SelfCheckMetrics, Protocol):
     def evaluations_wasted(self, count: int) -> None:
         """Evaluations whose result nobody gets."""
 
+    def waited_for_loop(self, seconds: float) -> None:
+        """No batch was begun for so long, since the event loop was behind with results."""
+
 
 WORTH_HIDING = 2.0
 """A call hides the host work of its neighbours if it takes so many times as long as that, for handing work over to
@@ -343,6 +346,7 @@ class Engine:
                     if landing is not None:
                         self._land(landing)
                         landing = None
+                    self._wait_for_room()
                     if not self._take_commands():
                         return
                     self._welcome()
@@ -393,9 +397,17 @@ class Engine:
         host_s = self._host_s.get(flight.batch.key, 0.0)
         due_s = flight.departed_s + flight.expected_s - WORTH_HIDING * host_s
         self._lookahead.until_over(due_s - self._clock())
+        self._wait_for_room()
         if not self._take_commands(wait=False):
             return None, False
         return self._next_flight(), True
+
+    def _wait_for_room(self) -> None:
+        """Wait for an event loop that is behind, before it is asked what to do next: meanwhile it may give jobs up."""
+        if not self._hand_back.has_room:
+            began_s = self._clock()
+            self._hand_back.wait_for_room()
+            self._metrics.waited_for_loop(self._clock() - began_s)
 
     def _next_flight(self) -> Flight | None:
         """Plan a batch and make its call ready."""

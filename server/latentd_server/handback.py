@@ -31,7 +31,8 @@ class HandBack:
     """The way from the device thread to the event loop. What is on it is bounded, whatever holds the loop up: one that
     is behind learns late that a reader is slow, and a call of a network can be shorter than writing down what it gave.
 
-    So that the device need not wait for the loop as a rule, one batch of any size may be on its way beside the limit.
+    So that the device need not wait for the loop as a rule, the newest batch may be on its way beside the limit. Who
+    waits does so before a batch is begun, when no time is taken and nobody has a seat yet.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class HandBack:
         self._deliver = deliver
         self._limit_bytes = limit_bytes
         self._sent_bytes = 0  # ever; the device's side
+        self._newest_bytes = 0  # of the last events; the device's side
         self._delivered_bytes = 0  # ever; the loop's side
         self._moved = threading.Event()
         self._waits = False  # the device's side
@@ -52,25 +54,33 @@ class HandBack:
         return self._sent_bytes - self._delivered_bytes
 
     @property
+    def has_room(self) -> bool:
+        """Whether another batch may be begun."""
+        return self.on_the_way_bytes - self._newest_bytes <= self._limit_bytes
+
+    @property
     def waiting(self) -> bool:
-        """Whether the device's side waits for the loop, and must."""
-        return self._waits and self.on_the_way_bytes > self._limit_bytes
+        """Whether the device's side waits for room, and must."""
+        return self._waits and not self.has_room
 
-    def hand(self, events: Events) -> None:
-        """Send events off, as soon as no more than the limit is on the way. One thread at a time may do so.
-
-        Raises:
-            RuntimeError: the loop is closed.
-        """
-        while self.on_the_way_bytes > self._limit_bytes and not self._loop.is_closed():
+    def wait_for_room(self) -> None:
+        """For the device's side, before it begins a batch: wait for the loop, unless that is closed."""
+        while not self.has_room and not self._loop.is_closed():
             self._moved.clear()
             self._waits = True
             if self.waiting:  # still, now that what moves will be noticed
                 self._moved.wait(_LOOK_S)
         self._waits = False
-        size = weight(events)
-        self._sent_bytes += size
-        self._loop.call_soon_threadsafe(self._arrive, events, size)
+
+    def hand(self, events: Events) -> None:
+        """Send events off. One thread at a time may do so; it never waits.
+
+        Raises:
+            RuntimeError: the loop is closed.
+        """
+        self._newest_bytes = weight(events)
+        self._sent_bytes += self._newest_bytes
+        self._loop.call_soon_threadsafe(self._arrive, events, self._newest_bytes)
 
     def _arrive(self, events: Events, size: int) -> None:
         try:

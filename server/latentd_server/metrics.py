@@ -64,6 +64,11 @@ class Metrics:
             "Evaluations spent on samples that were cancelled, expired or failed.",
             registry=registry,
         )
+        self._waited = Histogram(
+            "latentd_device_wait_duration_seconds",
+            "Waits in which no batch was begun, since the event loop was behind with results of others.",
+            registry=registry,
+        )
         self._self_checks = Counter(
             "latentd_self_checks",
             "Answered samples that were made again alone: match, mismatch, or failed.",
@@ -137,6 +142,10 @@ class Metrics:
     def evaluations_wasted(self, count: int) -> None:
         """Count evaluations whose result nobody will get."""
         self._wasted.inc(count)
+
+    def waited_for_loop(self, seconds: float) -> None:
+        """Record that the device waited for the event loop."""
+        self._waited.observe(seconds)
 
     def self_checked(self, model: str, result: str) -> None:
         """Count a self-check: `match`, `mismatch` or `failed`."""

@@ -53,6 +53,9 @@ class _Calls:
     def evaluations_wasted(self, count: int) -> None:
         """Nothing is given up here."""
 
+    def waited_for_loop(self, seconds: float) -> None:
+        """What is not waited for is not counted either."""
+
 
 async def measured(models: Path, rounds: int) -> dict[int, float]:
     """The median duration of a step in the server's own engine, by rows, in seconds. Sizes take turns."""

@@ -1,6 +1,7 @@
 """The engine on real tiny bundles: bytes, isolation, deadlines, cancels, overload, drain."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,8 @@ class Bench:
         assert sorted(rows) == list(range(job.lane_count))
         return b"".join(rows[lane] for lane in sorted(rows))
 
-    def metric(self, name: str) -> float:
-        value = self.metrics.registry.get_sample_value(name)
+    def metric(self, name: str, **labels: str) -> float:
+        value = self.metrics.registry.get_sample_value(name, labels)
         assert value is not None
         return value
 
@@ -373,6 +374,72 @@ async def test_a_paused_job_waits_and_then_finishes_with_the_same_bytes(bench: B
     bench.engine.resume(job_id)
     await asyncio.wait_for(over.wait(), 30)
     assert b"".join(rows[lane] for lane in sorted(rows)) == want
+
+
+def hold_up(bench: Bench, limit_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """What blocks the event loop, when called there, until the device thread waits for it."""
+    hand_back = bench.engine._hand_back
+    monkeypatch.setattr(hand_back, "_limit_bytes", limit_bytes)
+
+    def block() -> None:
+        tick = threading.Event()
+        for _ in range(30_000):
+            if hand_back.waiting:
+                return
+            tick.wait(0.001)
+        raise AssertionError("the device thread never waited")
+
+    return block
+
+
+DECODED = {"model": "tiny-vae@1", "graph": "decoder"}
+
+
+async def test_results_do_not_run_ahead_of_a_loop_that_is_behind(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the event loop is held up the device stops beginning batches, and goes on when the loop does."""
+    block = hold_up(bench, 20_000, monkeypatch)
+    seen: list[tuple[int, float]] = []
+    lanes: list[int] = []
+    over = asyncio.Event()
+
+    def sink(event: Event) -> None:
+        assert isinstance(event, Finished)
+        if not seen:
+            block()
+            evaluations = bench.metric("latentd_evaluations_total", **DECODED)
+            seen.append((bench.engine._hand_back.on_the_way_bytes, evaluations))
+        lanes.extend(event.lanes.tolist())
+        if event.last:
+            over.set()
+
+    bench.engine.submit(bench.decode(4_000), caller="test", deadline=None, sink=sink)
+    await asyncio.wait_for(over.wait(), 60)
+    ((on_the_way, evaluations),) = seen
+    assert 20_000 < on_the_way < 30_000  # two batches of 8 rows beside the limit
+    assert evaluations < 400
+    assert sorted(lanes) == list(range(4_000))
+    assert bench.metric("latentd_device_wait_duration_seconds_count") > 0
+
+
+async def test_who_is_cancelled_while_the_loop_is_behind_rides_no_more(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the device goes on it first hears what the loop wants: no more is done than the call that was under way."""
+    under_way = 0 if engine_module.WORTH_HIDING else MAX_ROWS  # calls have landed, unless there is another beside
+    block = hold_up(bench, 20_000, monkeypatch)
+    ridden: list[float] = []
+
+    def sink(event: Event) -> None:
+        block()
+        ridden.append(bench.metric("latentd_evaluations_total", **DECODED))
+        bench.engine.cancel(job)
+
+    job = bench.engine.submit(bench.decode(4_000), caller="test", deadline=None, sink=sink)
+    await until(lambda: bench.engine.backlog == 0)
+    assert bench.metric("latentd_evaluations_total", **DECODED) <= ridden[0] + under_way
+    assert len(ridden) == 1
 
 
 async def test_a_deadline_may_lie_further_ahead_than_any_wait(bench: Bench) -> None:

@@ -14,9 +14,9 @@ SAMPLES = 12_000
 OUTBOX_BYTES = 256 * 1024
 AHEAD_BYTES = 256 * 1024
 """What gRPC may hold for one of these clients, whose windows stay at 64 KiB, its connection included."""
-SAMPLE_BYTES = 40
+SAMPLE_BYTES = 24
 """Of each sample of an accepted request."""
-SLACK_BYTES = 24 * 2**20
+SLACK_BYTES = 16 * 2**20
 """What any load brings: code that is loaded when first used, arenas of threads."""
 
 

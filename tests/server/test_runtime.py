@@ -124,7 +124,7 @@ def test_memory_is_aligned_and_its_arrays_apart() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to return what it does not use")
 def test_a_graph_gives_back_what_larger_calls_took() -> None:
-    """What a call of 64 MiB of intermediate values took is gone after a small one that gives back; bytes stay the same."""
+    """What a call of 64 MiB of intermediate values took is gone after a small one that gives back; bytes stay."""
     nodes = [
         helper.make_node("Exp", ["x"], ["wide"]),
         helper.make_node("ReduceSum", ["wide"], ["y"], keepdims=1),
