@@ -395,9 +395,7 @@ def hold_up(bench: Bench, limit_bytes: int, monkeypatch: pytest.MonkeyPatch) -> 
 DECODED = {"model": "tiny-vae@1", "graph": "decoder"}
 
 
-async def test_results_do_not_run_ahead_of_a_loop_that_is_behind(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_results_do_not_run_ahead_of_a_loop_that_is_behind(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the event loop is held up the device stops beginning batches, and goes on when the loop does."""
     block = hold_up(bench, 20_000, monkeypatch)
     seen: list[tuple[int, float]] = []
