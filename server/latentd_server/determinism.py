@@ -17,7 +17,7 @@ from latentd_server import runtime
 from latentd_server.certificate import Certificate, Promise
 from latentd_server.runtime import Device, DeviceError
 
-ARITHMETIC_VERSION = 2
+ARITHMETIC_VERSION = 3
 """Raised whenever the server's own arithmetic may change a byte."""
 
 

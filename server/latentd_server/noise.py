@@ -83,11 +83,13 @@ def runs(word: int, seed: int, samples: Sequence[int], steps: Sequence[int] | No
         raise ValueError("samples and steps must be of one length")
     if not count:
         return []
-    for name, indices in (("samples", samples), ("steps", steps)):
-        if min(indices) < 0 or max(indices) >= _MOST:
-            raise ValueError(f"{name} must be from 0 to {_MOST - 1}")
     rows, others = (steps, samples) if word & (2**_PURPOSE_BITS - 1) in _BY_STEP else (samples, steps)
-    if others.count(others[0]) == count and list(rows) == list(range(rows[0], rows[0] + count)):
+    is_one_run = others.count(others[0]) == count and list(rows) == list(range(rows[0], rows[0] + count))
+    for name, indices in (("samples", samples), ("steps", steps)):
+        least, most = (indices[0], indices[-1]) if is_one_run else (min(indices), max(indices))
+        if least < 0 or most >= _MOST:
+            raise ValueError(f"{name} must be from 0 to {_MOST - 1}")
+    if is_one_run:
         return [Run(seed, word, rows[0], others[0], count)]
     found, start = [], 0
     for at in range(1, count + 1):
