@@ -1,7 +1,7 @@
 """Every Prometheus series of the server. Times are histograms in seconds, events are `_total` counters.
 
-Thread-safe: the engine's device thread and the event loop both write here. What is counted for every request is in
-`tallies.py`.
+Thread-safe: the engine's device thread and the event loop both write here. What is counted for every request and every
+network call is in `tallies.py`.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,11 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-from latentd_server.tallies import RequestTallies
+from latentd_server.tallies import BatchTallies, RequestTallies
 
 Series = TypeVar("Series", Counter, Gauge, Histogram)
 
-_BATCH_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _GRAPHS = {role: name.removeprefix("ROLE_").lower() for name, role in bundle_pb2.Network.Role.items()}
-_BATCH_ROWS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 48, 64, 128)
 
 
 class Metrics:
@@ -33,32 +31,13 @@ class Metrics:
         GCCollector(registry=registry)
 
         self._tallies = RequestTallies()
+        self._batches = BatchTallies()
         registry.register(self._tallies)
+        registry.register(self._batches)
         self._refusals = Counter(
             "latentd_refusals", "Requests refused before any work was done for them.", ["reason"], registry=registry
         )
 
-        graph = ["model", "graph"]
-        self._batch_rows = Histogram(
-            "latentd_batch_rows",
-            "Live rows of a network call, padding not counted.",
-            graph,
-            buckets=_BATCH_ROWS,
-            registry=registry,
-        )
-        self._padding_rows = Counter(
-            "latentd_padding_rows", "Rows of network calls that were padding.", graph, registry=registry
-        )
-        self._batch_time = Histogram(
-            "latentd_batch_duration_seconds",
-            "Duration of a network call.",
-            graph,
-            buckets=_BATCH_SECONDS,
-            registry=registry,
-        )
-        self._evaluations = Counter(
-            "latentd_evaluations", "Network evaluations: live rows of network calls.", graph, registry=registry
-        )
         self._wasted = Counter(
             "latentd_wasted_evaluations",
             "Evaluations spent on samples that were cancelled, expired or failed.",
@@ -78,7 +57,7 @@ class Metrics:
         self._self_check_evaluations = Counter(
             "latentd_self_check_evaluations",
             "Network evaluations of self-checks; they are in no other series.",
-            graph,
+            ["model", "graph"],
             registry=registry,
         )
         self._backlog = Gauge("latentd_backlog_evaluations", "Evaluations accepted and not yet run.", registry=registry)
@@ -132,12 +111,8 @@ class Metrics:
     def batch_ran(
         self, model: str, role: bundle_pb2.Network.Role.ValueType, live_rows: int, padded_rows: int, seconds: float
     ) -> None:
-        """Record one network call of `live_rows` rows that was padded up to `padded_rows` rows in all."""
-        graph = _GRAPHS[role]
-        self._series(self._batch_rows, model, graph).observe(live_rows)
-        self._series(self._padding_rows, model, graph).inc(padded_rows - live_rows)
-        self._series(self._batch_time, model, graph).observe(seconds)
-        self._series(self._evaluations, model, graph).inc(live_rows)
+        """Record one network call of `live_rows` rows, padded up to `padded_rows` rows. For one thread at a time."""
+        self._batches.ran(model, _GRAPHS[role], live_rows, padded_rows, seconds)
 
     def evaluations_wasted(self, count: int) -> None:
         """Count evaluations whose result nobody will get."""

@@ -1,8 +1,9 @@
-"""What is counted for every single request, in plain numbers that become Prometheus families when somebody scrapes.
+"""What is counted for every single request and call, in plain numbers that become Prometheus families on a scrape.
 
 The Prometheus library takes a lock and several calls for each count, and a request has nine. With small networks that
-is a seventh of what the event loop spends on a request. These numbers have one writer, the event loop's thread, and
-need no lock; a scrape from another thread may find a request half counted, as it may find one half done.
+is a seventh of what the event loop spends on a request. These numbers have one writer at a time, the event loop's
+thread or the device's, and need no lock; a scrape from another thread may find a request half counted, as it may find
+one half done.
 """
 
 from bisect import bisect_left
@@ -15,6 +16,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+BATCH_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+BATCH_ROWS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 48, 64, 128)
 
 
 class Spread:
@@ -39,24 +42,30 @@ class Spread:
 
 
 class _Spreads:
-    """A histogram by method and model."""
+    """A histogram by two labels."""
 
-    def __init__(self, name: str, help_text: str) -> None:
+    def __init__(self, name: str, help_text: str, labels: tuple[str, str], bounds: Sequence[float]) -> None:
         self._name = name
         self._help = help_text
-        self._by_labels: dict[tuple[str, str], Spread] = {}
+        self._labels = labels
+        self._bounds = bounds
+        self.by_labels: dict[tuple[str, str], Spread] = {}
 
-    def observe(self, method: str, model: str, value: float) -> None:
-        spread = self._by_labels.get((method, model))
+    def observe(self, labels: tuple[str, str], value: float) -> None:
+        spread = self.by_labels.get(labels)
         if spread is None:
-            spread = self._by_labels[method, model] = Spread(REQUEST_SECONDS)
+            spread = self.by_labels[labels] = Spread(self._bounds)
         spread.observe(value)
 
     def family(self) -> HistogramMetricFamily:
-        family = HistogramMetricFamily(self._name, self._help, labels=["method", "model"])
-        for labels, spread in list(self._by_labels.items()):
+        family = HistogramMetricFamily(self._name, self._help, labels=self._labels)
+        for labels, spread in list(self.by_labels.items()):
             family.add_metric(labels, buckets=spread.cumulative(), sum_value=spread.total)
         return family
+
+
+def _request_spreads(name: str, help_text: str) -> _Spreads:
+    return _Spreads(name, help_text, ("method", "model"), REQUEST_SECONDS)
 
 
 class RequestTallies(Collector):
@@ -66,9 +75,11 @@ class RequestTallies(Collector):
         self._began: dict[tuple[str], int] = {}
         self._ended: dict[tuple[str, str, str], int] = {}
         self._samples: dict[tuple[str], int] = {}
-        self._duration = _Spreads("latentd_request_duration_seconds", "From a request's arrival to its last message.")
-        self._queue = _Spreads("latentd_queue_duration_seconds", "From admission to the first batch.")
-        self._compute = _Spreads(
+        self._duration = _request_spreads(
+            "latentd_request_duration_seconds", "From a request's arrival to its last message."
+        )
+        self._queue = _request_spreads("latentd_queue_duration_seconds", "From admission to the first batch.")
+        self._compute = _request_spreads(
             "latentd_compute_duration_seconds", "Durations of the batches a request rode in, summed."
         )
 
@@ -80,12 +91,12 @@ class RequestTallies(Collector):
         """Count a request out, with the name of its gRPC code."""
         key = method, model, code
         self._ended[key] = self._ended.get(key, 0) + 1
-        self._duration.observe(method, model, seconds)
+        self._duration.observe((method, model), seconds)
 
     def cost(self, method: str, model: str, queue_s: float, compute_s: float) -> None:
         """Record what an answered request cost."""
-        self._queue.observe(method, model, queue_s)
-        self._compute.observe(method, model, compute_s)
+        self._queue.observe((method, model), queue_s)
+        self._compute.observe((method, model), compute_s)
 
     def answered(self, model: str, count: int) -> None:
         """Count samples, or rows of a tensor, that were answered."""
@@ -112,8 +123,39 @@ class RequestTallies(Collector):
         )
 
 
+class BatchTallies(Collector):
+    """Network calls: their rows, their padding and how long they took, by model and graph."""
+
+    def __init__(self) -> None:
+        labels = ("model", "graph")
+        self._rows = _Spreads(
+            "latentd_batch_rows", "Live rows of a network call, padding not counted.", labels, BATCH_ROWS
+        )
+        self._duration = _Spreads(
+            "latentd_batch_duration_seconds", "Duration of a network call.", labels, BATCH_SECONDS
+        )
+        self._padding: dict[tuple[str, str], int] = {}
+
+    def ran(self, model: str, graph: str, live_rows: int, padded_rows: int, seconds: float) -> None:
+        """Count one call of `live_rows` rows that was padded up to `padded_rows` rows in all."""
+        labels = model, graph
+        self._rows.observe(labels, live_rows)
+        self._duration.observe(labels, seconds)
+        self._padding[labels] = self._padding.get(labels, 0) + padded_rows - live_rows
+
+    def collect(self) -> Iterator[Metric]:
+        """Everything, as Prometheus families."""
+        yield self._rows.family()
+        yield self._duration.family()
+        labels = ("model", "graph")
+        padding = list(self._padding.items())
+        yield _counters("latentd_padding_rows", "Rows of network calls that were padding.", labels, padding)
+        evaluations = [(graph, spread.total) for graph, spread in list(self._rows.by_labels.items())]
+        yield _counters("latentd_evaluations", "Network evaluations: live rows of network calls.", labels, evaluations)
+
+
 def _counters(
-    name: str, help_text: str, labels: Sequence[str], counts: Iterable[tuple[Sequence[str], int]]
+    name: str, help_text: str, labels: Sequence[str], counts: Iterable[tuple[Sequence[str], float]]
 ) -> CounterMetricFamily:
     family = CounterMetricFamily(name, help_text, labels=labels)
     for values, count in counts:

@@ -185,9 +185,7 @@ def test_quantile_is_accurate():
 
 
 def test_table_is_accurate():
-    """Normals are within two units in the last place of the quantile, near 0 within the grid of 1e-7, whatever the word;
-    and those of words that are each other's complement are as near to being opposite.
-    """
+    """Whatever the word, its normal is within two units in the last place of the quantile, and within 8e-8 near 0."""
     edges = [2**power + step for power in range(1, 32) for step in (-2, -1, 0, 1)] + [0, 2**31 - 1]
     draws = np.random.default_rng(0).integers(0, 2**32, 2_000_000, dtype=np.uint32)
     words = np.concatenate([draws, np.arange(2**20, dtype=np.uint32), np.array(edges, np.uint32)])
@@ -201,7 +199,7 @@ def test_table_is_accurate():
 
 
 def test_normals_are_as_often_above_as_below():
-    """Rounding words to float32 moves no mass to the other side of 0: the million words next to it, and their complements."""
+    """Rounding to float32 moves nothing to the other side of 0: the million words next to it, and their complements."""
     words = np.arange(2**31 - 2**20, 2**31, dtype=np.uint32)
     above, below = normals_of(words).astype(np.float64), normals_of(~words).astype(np.float64)
     assert abs((above + below).mean()) < 1e-9
