@@ -336,7 +336,8 @@ class Engine:
 
     def _run(self) -> None:
         """Fly batches, one after another. A long call is used for the host work of its neighbours: while it is on the
-        device, the one before lands and the one after is made ready.
+        device, the one before lands and the one after is made ready. What came of a short call is told as the next one
+        sets off: only one thread at a time can have the interpreter, and the event loop gets it while this one waits.
         """
         landing: Flight | None = None  # back, and not yet dealt with
         flight: Flight | None = None  # ready to depart
@@ -346,8 +347,11 @@ class Engine:
                     if landing is not None:
                         self._land(landing)
                         landing = None
+                        if self._hand_back.is_behind or not self._scheduler.can_ride:
+                            self._post()
                     self._wait_for_room()
                     if not self._take_commands():
+                        self._post()
                         return
                     self._welcome()
                     flight = self._next_flight()
@@ -360,6 +364,7 @@ class Engine:
                 if flight.expected_s <= max(SHORTEST_S, WORTH_HIDING * self._host_s.get(flight.batch.key, 0.0)):
                     if landing is not None:
                         self._land(landing)
+                        self._post()
                     self._fly(flight)
                     landing, flight = flight, None
                     continue
@@ -374,6 +379,7 @@ class Engine:
                 flight = following
                 if not go_on:
                     self._land(landing)
+                    self._post()
                     return
         finally:
             self._lookahead.close()
@@ -394,6 +400,7 @@ class Engine:
         """
         if landing is not None:
             self._land(landing)
+            self._post()
         host_s = self._host_s.get(flight.batch.key, 0.0)
         due_s = flight.departed_s + flight.expected_s - WORTH_HIDING * host_s
         self._lookahead.until_over(due_s - self._clock())
@@ -410,13 +417,13 @@ class Engine:
             self._metrics.waited_for_loop(self._clock() - began_s)
 
     def _next_flight(self) -> Flight | None:
-        """Plan a batch and make its call ready."""
+        """Plan a batch, make its call ready, and tell what there is to tell."""
         began_s = self._clock()
         for job_id in self._scheduler.expired(began_s):
             self._fail(job_id, DeadlineError("the deadline passed before the request was finished"))
-        self._post()
         batch = None if self._newcomers else self._scheduler.plan(began_s)
         if batch is None:
+            self._post()
             return None
         flight = Flight(batch, self._runners.get(batch.key), began_s)
         try:
@@ -430,6 +437,7 @@ class Engine:
         flight.expected_s = self._fastest_s.get((batch.key, flight.size), 0.0)
         host_s = self._host_s.get(batch.key, now_s - began_s)
         self._host_s[batch.key] = host_s + _NEWEST * (now_s - began_s - host_s)
+        self._post()
         return flight
 
     def _fly(self, flight: Flight) -> None:
@@ -450,7 +458,7 @@ class Engine:
         self._fastest_s[timed] = min(call_s, _FORGETTING * self._fastest_s.get(timed, call_s))
 
     def _land(self, flight: Flight) -> None:
-        """Move the lanes of a call on, and tell what came of it."""
+        """Move the lanes of a call on, and note what came of it; `_post` tells."""
         batch, runner = flight.batch, flight.runner
         failures: dict[int, ServingError] = {}
         witnesses = [segment.entry.job_id for segment in batch.segments]  # whose rows say something of the device
@@ -480,7 +488,6 @@ class Engine:
                     self._self_check.offer(arrival, outcome, flight.landed_s)
         for job_id, failure in failures.items():
             self._fail(job_id, failure)
-        self._post()
         if witnesses:
             alive = any(job_id not in failures for job_id in witnesses)
             self._vain_batches = 0 if alive else self._vain_batches + 1
@@ -528,6 +535,8 @@ class Engine:
     def _welcome(self) -> None:
         """Take over the graphs of new models. Warming up takes the device, so this is for its own thread to do."""
         newcomers, self._newcomers = self._newcomers, []
+        if newcomers:
+            self._post()  # whose results are there need not wait for that
         for runners, promise in newcomers:
             for key, runner in runners.items():
                 runner.warm()

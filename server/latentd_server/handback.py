@@ -59,6 +59,11 @@ class HandBack:
         return self.on_the_way_bytes - self._newest_bytes <= self._limit_bytes
 
     @property
+    def is_behind(self) -> bool:
+        """Whether so much is on its way that what there is should be handed over before another batch is begun."""
+        return self.on_the_way_bytes > self._limit_bytes
+
+    @property
     def waiting(self) -> bool:
         """Whether the device's side waits for room, and must."""
         return self._waits and not self.has_room

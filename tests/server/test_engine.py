@@ -16,6 +16,7 @@ from latentd.names import SAMPLERS
 from latentd.v1 import bundle_pb2
 from latentd_server import engine as engine_module
 from latentd_server import samplers
+from latentd_server.call_runner import CallRunner
 from latentd_server.engine import Engine
 from latentd_server.failures import (
     DeadlineError,
@@ -440,6 +441,27 @@ async def test_who_is_cancelled_while_the_loop_is_behind_rides_no_more(
     await until(lambda: bench.engine.backlog == 0)
     assert bench.metric("latentd_evaluations_total", **DECODED) <= ridden[0] + under_way
     assert len(ridden) == 1
+
+
+@pytest.mark.parametrize("bench", [1e9], indirect=True, ids=["short-calls"])
+async def test_results_are_told_while_the_interpreter_is_free(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came of a short call is told when the next one is ready to set off, and of the last call at once."""
+    course: list[str] = []
+
+    def noted(owner: Any, name: str, word: str) -> None:
+        inner = getattr(owner, name)
+
+        def call(*arguments: Any) -> Any:
+            course.append(word)
+            return inner(*arguments)
+
+        monkeypatch.setattr(owner, name, call)
+
+    noted(bench.engine._hand_back, "hand", "tell")
+    noted(CallRunner, "prepare", "ready")
+    noted(CallRunner, "run", "run")
+    await bench.result(bench.decode(3 * MAX_ROWS))
+    assert course == ["ready", "run", "ready", "tell", "run", "ready", "tell", "run", "tell"]
 
 
 async def test_a_deadline_may_lie_further_ahead_than_any_wait(bench: Bench) -> None:
