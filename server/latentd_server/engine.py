@@ -509,12 +509,16 @@ class Engine:
             try:
                 commands = self._commands.get(block, timeout)
             except queue.Empty:
-                return True
+                break
             for command in commands:
                 if command is None:
                     return False
                 command()
             block, timeout = False, None
+        for job_id in self._leavers.copy():  # whose commands are a turn of the event loop behind
+            if self._is_on_the_books(job_id):
+                self._drop(job_id)
+        return True
 
     def _admit(
         self, job_id: int, job: Job, caller: str, priority: Priority, now: float, deadline: float | None
@@ -639,8 +643,11 @@ class Engine:
     def _drop(self, job_id: int) -> None:
         """Take an unfinished request off the books."""
         self._leavers.discard(job_id)
-        if job_id in self._courses or self._scheduler.find(job_id) is not None:
+        if self._is_on_the_books(job_id):
             self._metrics.evaluations_wasted(self._forget(job_id, done=False))
+
+    def _is_on_the_books(self, job_id: int) -> bool:
+        return job_id in self._courses or self._scheduler.find(job_id) is not None
 
     def _forget(self, job_id: int, *, done: bool) -> int:
         """Take a request off the books; returns the evaluations spent on its unfinished lanes."""

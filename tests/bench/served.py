@@ -52,17 +52,19 @@ class Server:
         return totals
 
 
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_addresses() -> tuple[str, str]:
+    """Two of which nobody listens on either."""
+    with socket.socket() as one, socket.socket() as two:
+        for probe in (one, two):
+            probe.bind(("127.0.0.1", 0))
+        first, second = (f"127.0.0.1:{probe.getsockname()[1]}" for probe in (one, two))
+    return first, second
 
 
 @contextmanager
 def server(models: Path, threads: int, *arguments: str) -> Iterator[Server]:
     """Run a server until it is no longer needed."""
-    address, http = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    address, http = free_addresses()
     command = [sys.executable, "-m", "latentd_server", "--models", str(models), "--listen", address, "--http", http]
     command += ["--device", "cpu", "--threads", str(threads), "--log-level", "warning", *arguments]
     began = time.perf_counter()

@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[2]
 def test_the_overload_benchmark_tells_of_both_loads(tmp_path: Path) -> None:
     """A peak above zero, and for each load what became of the requests, how fast refusals were and what they said."""
     write_diffusion(tmp_path, "digits-diffusion")
-    command = [sys.executable, "-m", "tests.bench.overload", "--models", str(tmp_path), "--seconds", "0.5"]
+    command = [sys.executable, "-m", "tests.bench.overload", "--models", str(tmp_path), "--seconds", "1"]
     done = subprocess.run(
         [*command, "--factor", "0.5", "--ramp", "0.1", "--rounds", "2"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     peak = re.search(r"peak ([\d,]+) evaluations/s", done.stdout)

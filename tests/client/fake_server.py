@@ -93,7 +93,9 @@ def info(reason: Reason | str, **metadata: str) -> error_details_pb2.ErrorInfo:
 
 def retry_after(seconds: float) -> error_details_pb2.RetryInfo:
     """The detail that says when to try again."""
-    return error_details_pb2.RetryInfo(retry_delay=Duration(nanos=round(seconds * 1e9)))
+    delay = Duration()
+    delay.FromNanoseconds(round(seconds * 1e9))
+    return error_details_pb2.RetryInfo(retry_delay=delay)
 
 
 def packed(details: Sequence[Message]) -> list[any_pb2.Any]:
@@ -193,7 +195,8 @@ class FakeServer(generation_service_pb2_grpc.GenerationServiceServicer, model_se
 
     def _strike(self, fault: Fault, context: grpc.ServicerContext) -> None:
         waited = threading.Event()
-        context.add_callback(waited.set)
+        if not context.add_callback(waited.set):  # the call is over
+            waited.set()
         waited.wait(fault.delay_s)
         fault.then()
         if fault.code is None:
@@ -263,7 +266,8 @@ class FakeServer(generation_service_pb2_grpc.GenerationServiceServicer, model_se
         fault = self._arrive("Sample", request, context)
         self.open_streams += 1
         gone = threading.Event()
-        context.add_callback(gone.set)
+        if not context.add_callback(gone.set):  # the call is over
+            gone.set()
         try:
             for k, message in enumerate(self._sample_messages(request)):
                 if fault is not None and k == fault.after:

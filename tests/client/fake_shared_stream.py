@@ -58,9 +58,10 @@ class IdContext:
         timeout = self._request.timeout
         return timeout.seconds + timeout.nanos / 1e9 if self._request.HasField("timeout") else None
 
-    def add_callback(self, callback: Callable[[], None]) -> None:
-        """Call when the request is given up."""
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        """Call when the request is given up; False if it has been."""
         self._callbacks.append(callback)
+        return not self.cancelled
 
     def set_trailing_metadata(self, trailers: Any) -> None:
         """Of which a stream's error carries the details."""

@@ -113,10 +113,10 @@ def test_attempts_that_bring_nothing_are_bounded(client: Any, server: FakeServer
 
 def test_no_retry_outlives_the_deadline(client: Any, server: FakeServer) -> None:
     """A server that says to come back after the deadline is not waited for."""
-    server.fail("Sample", Fault(details=[info(Reason.OVERLOADED), retry_after(0.9)]), Fault())
+    server.fail("Sample", Fault(details=[info(Reason.OVERLOADED), retry_after(60)]), Fault())
     with pytest.raises(ServerUnavailable) as caught:
-        client.sample("toy", timeout=0.5)
-    assert caught.value.retry_after_s == pytest.approx(0.9)
+        client.sample("toy", timeout=20)
+    assert caught.value.retry_after_s == 60
     assert len(server.requests("Sample")) == 1
 
 

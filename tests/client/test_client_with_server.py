@@ -292,11 +292,11 @@ async def test_callers_who_share_a_stream_outlive_their_server(process: Process,
                 answers.append(await client.decode("tiny-vae", np.zeros(bundles.LATENT), label=1))
 
         askers = [asyncio.create_task(ask()) for _ in range(20)]
-        await asyncio.to_thread(wait_until, lambda: len(answers) > 100)
+        await asyncio.to_thread(wait_until, lambda: len(answers) > 100, 60)
         await asyncio.to_thread(process.end, how)
         await asyncio.to_thread(process.start)
         before = len(answers)
-        await asyncio.to_thread(wait_until, lambda: len(answers) > before + 100)
+        await asyncio.to_thread(wait_until, lambda: len(answers) > before + 100, 60)
         over.set()
         await asyncio.gather(*askers)
     assert len({answer.array.tobytes() for answer in answers}) == 1

@@ -110,6 +110,7 @@ async def test_who_leaves_meanwhile_is_answered_no_more_and_counted_once(served:
     await stream.write(pb.StreamRequest(id=1, encode=diffusing(MANY)))
     await stream.write(pb.StreamRequest(id=1, cancel=pb.Cancel()))
     assert (await stream.read()).error.code == 1
+    await until(lambda: 'latentd_requests_started_total{method="Encode"} 2.0' in served.metrics)
     left.cancel()
     await until(lambda: 'latentd_requests_in_flight{method="Encode"} 0.0' in served.metrics)
     held.let_go()

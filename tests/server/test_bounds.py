@@ -360,6 +360,7 @@ def test_a_score_that_is_given_up_takes_no_further_evaluation(way: str, root: Pa
         give_up_s = time.monotonic() + 60
         while live.unfinished and time.monotonic() < give_up_s:
             live.turn()
+        live.settle()
         parking.clear()
         whole = live.stub.Score(asked("v", images(1), seed=1))  # the held call was slow: a deadline would be refused
         assert whole.stats.evaluation_count == TIMESTEPS

@@ -113,7 +113,7 @@ def give_up(
     gate = parking.hold(SEED, QUEUED)
     client = Client(live.serving.addresses["grpc"], victim, way, patience_s)
     try:
-        if not arrives(gate, victim, counters):
+        if not arrives(gate, client, victim, counters):
             return False
         calls = [live.stub.Sample(request, timeout=60) for request in NEIGHBOURS]
         until(lambda: live.unfinished == 1 + len(NEIGHBOURS) or victim_is_over(victim, counters))
@@ -121,7 +121,7 @@ def give_up(
         stop = gate if place == QUEUED else parking.hold(SEED, place)
         if place != QUEUED:
             gate.leave.set()
-        there = arrives(stop, victim, counters)
+        there = arrives(stop, client, victim, counters)
         if there:
             assert place == QUEUED or stop.jobs >= len(NEIGHBOURS), "the neighbours ride with it"
             client.give_up()
@@ -155,11 +155,14 @@ def victim_is_over(victim: Victim, counters: Counters) -> bool:
     return any(method == victim.counted_as and code != "OK" for method, code in counters.ended())
 
 
-def arrives(stop: Stop, victim: Victim, counters: Counters) -> bool:
-    """Whether the engine comes to be held before the victim is over."""
-    until(lambda: stop.arrived.is_set() or victim_is_over(victim, counters))
-    assert stop.arrived.is_set() or (victim.counted_as, "DEADLINE_EXCEEDED") in counters.ended(), counters.ended()
-    return stop.arrived.is_set()
+def arrives(stop: Stop, client: Client, victim: Victim, counters: Counters) -> bool:
+    """Whether the engine comes to be held before the victim is over, or its time is up on the way to the server."""
+    until(lambda: stop.arrived.is_set() or victim_is_over(victim, counters) or client.has_been_answered)
+    if stop.arrived.is_set():
+        return True
+    late = (victim.counted_as, "DEADLINE_EXCEEDED") in counters.ended() or client.has_been_answered
+    assert late, counters.ended()
+    return False
 
 
 def check_books(victim: Victim, place: Place, way: str, counters: Counters) -> None:

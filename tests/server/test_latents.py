@@ -236,7 +236,7 @@ def test_who_leaves_while_its_samples_are_decoded_leaves_nothing(
     neighbour = request(seed=8)
     alone = live.sample(neighbour)
     walk = parking.hold(31, 9)  # the last evaluation of the walk
-    call = live.stub.Sample(request(seed=31), timeout=0.5 if way == "deadline" else 60)
+    call = live.stub.Sample(request(seed=31), timeout=3 if way == "deadline" else 60)
     assert walk.arrived.wait(30)
     stop = parking.hold(31, place)  # of the decode
     walk.leave.set()

@@ -227,7 +227,7 @@ async def test_a_vanished_client_leaves_the_engine(served: Front, engine: Manual
 async def test_a_deadline_travels_to_the_engine_and_ends_the_call(served: Front, engine: ManualEngine) -> None:
     """The engine is told when the answer is worthless; when it passes, the job is given up."""
     with pytest.raises(aio.AioRpcError) as caught:
-        await served.stub.Decode(pb.DecodeRequest(model=V, latents=LATENTS), timeout=0.5)
+        await served.stub.Decode(pb.DecodeRequest(model=V, latents=LATENTS), timeout=2, wait_for_ready=True)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await until(lambda: engine.cancelled == [1])
     line = 'latentd_requests_total{code="DEADLINE_EXCEEDED",method="Decode",model="tiny-vae@1"} 1.0'

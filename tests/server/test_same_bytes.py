@@ -191,11 +191,16 @@ def prove(servers: tuple[Stub, Stub], requests: int) -> dict[str, int]:
     return compared
 
 
-def value(process: Process, series: str) -> float:
-    """A metric's value, summed over its labels."""
+def scrape(process: Process) -> list[str]:
+    """All of its metrics at one time."""
     address = process.line("listening")["http"]
     with urllib.request.urlopen(f"http://{address}/metrics") as response:
-        lines = response.read().decode().splitlines()
+        lines: list[str] = response.read().decode().splitlines()
+    return lines
+
+
+def value(lines: list[str], series: str) -> float:
+    """A metric's value, summed over its labels."""
     return sum(float(line.rpartition(" ")[2]) for line in lines if re.match(rf"{series}[{{ ]", line))
 
 
@@ -206,11 +211,12 @@ def test_a_thousand_requests_have_the_bytes_of_lone_runs(servers: tuple[Stub, St
     compared = prove(servers, 1000)
     assert sum(compared.values()) >= 1000
     assert compared.keys() == {"sample", "encode", "decode", "score", "denoise_step", "open_denoise"}
-    rows, batches = value(busy, "latentd_batch_rows_sum"), value(busy, "latentd_batch_rows_count")
+    lines = scrape(busy)
+    rows, batches = value(lines, "latentd_batch_rows_sum"), value(lines, "latentd_batch_rows_count")
     assert rows / batches > 2, "requests did ride together"
-    checks = value(busy, "latentd_self_checks_total")
+    checks = value(lines, "latentd_self_checks_total")
     assert checks > 0
-    assert value(busy, 'latentd_self_checks_total{.*result="match".*}') == checks
+    assert value(lines, 'latentd_self_checks_total{.*result="match".*}') == checks
 
 
 def test_a_restart_changes_no_byte(models_root: Path, tmp_path: Path) -> None:

@@ -131,6 +131,8 @@ class Client:
             return
         self._channel = grpc.insecure_channel(self._wire.address if self._wire else target, options=_OPTIONS)
         timeout = patience_s if way == "deadline" else None
+        if timeout is not None:
+            grpc.channel_ready_future(self._channel).result(60)  # time runs from the call on
         if victim.in_stream:
             for message in data:
                 self._outgoing.put(message)
@@ -139,6 +141,11 @@ class Client:
             self._call = self._channel.unary_stream(path)(data[0], timeout=timeout)
         else:
             self._call = self._channel.unary_unary(path).future(data[0], timeout=timeout)
+
+    @property
+    def has_been_answered(self) -> bool:
+        """Whether its call is over as it sees it, which the server may never have heard of."""
+        return self._way == "deadline" and bool(self._call.done())
 
     def _requests(self) -> Iterator[bytes]:
         while (message := self._outgoing.get()) is not None:
