@@ -8,8 +8,9 @@ points. Segments that get narrower towards the tail (hierarchical segmentation) 
 Luk and Leong, "A hardware Gaussian noise generator using hierarchical segmentation and the inversion method" (IEEE
 Trans. VLSI 15(8), 2007).
 
-The quadratics' error is below 3e-9. What float32 adds is at most one unit in the last place of the normal, and where i
-is not a float32 itself, the distance of its neighbours that are: normals near 0 lie on a grid of 1e-7.
+The quadratics' error is below 3e-9. What float32 adds is about one unit in the last place of normals beyond 0.1, and
+1e-9 nearer to 0; and where i is not a float32 itself, the distance of its neighbours that are: normals near 0 lie on a
+grid of 1e-7. Together that is at most 8e-8, or two units in the last place where these are more.
 
 Every operation, of the table and of its use, is one that IEEE 754 rounds exactly (see `normal_quantile.py`).
 """
