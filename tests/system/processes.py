@@ -32,7 +32,7 @@ def start_server(python: Path, models: Path, log: Path, *flags: str) -> Running:
         process = subprocess.Popen(
             [*map(str, command), "--log-format", "text", *flags], stdout=output, stderr=output, text=True
         )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         text = log.read_text()
         ports = dict(re.findall(r"\b(grpc|http)=(127\.0\.0\.1:\d+)", text))
