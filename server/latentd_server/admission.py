@@ -19,7 +19,7 @@ from latentd_server import shares
 from latentd_server.failures import DeadlineUnreachableError, OverloadedError, QuotaExceededError
 from latentd_server.job import Job, StepJob, stages
 from latentd_server.priority import Priority
-from latentd_server.scheduler import Arrival, Batch, GraphKey, graph_key
+from latentd_server.scheduler import Arrival, Batch, BatchRows, GraphKey, graph_key
 from latentd_server.step_costs import WINDOW_S, Decaying, DrainRates, Margin, StepCosts
 
 _PLENTY = 4
@@ -139,10 +139,10 @@ class Admission:
     """The door's books: what is outstanding, and what calls cost."""
 
     def __init__(self, bounds: Bounds, max_rows: int, caller_weights: Mapping[str, float] | None = None) -> None:
-        """`max_rows` and `caller_weights` are the scheduler's."""
+        """`max_rows`, `caller_weights` and then `batch_rows` are the scheduler's."""
         self._bounds = bounds
         self._tightest = min(bounds)
-        self._max_rows = max_rows
+        self.batch_rows = BatchRows(max_rows)
         self._caller_weights = dict(caller_weights or {})
         self._tickets: dict[int, _Ticket] = {}
         self._flows: dict[GraphKey, dict[Priority, _Flow]] = {}  # those with jobs
@@ -297,6 +297,7 @@ class Admission:
         for key in [key for key in self._state_lanes if key[0] == model]:
             del self._state_lanes[key]
             self._lanes.pop(key, None)
+        self.batch_rows.forget(model)
         self._promises.pop(model, None)
         self._rates.rows.pop(model, None)
 
@@ -366,7 +367,7 @@ class Admission:
         if costs is None or not costs.is_fresh(now_s):
             return None
         rate = self._rates.per_s()
-        typical_s = costs.typical(self._max_rows)
+        typical_s = costs.typical(self.batch_rows.of(work.key))
         last_s = (self.backlog + work.evaluations) / rate + work.steps * typical_s if rate else math.inf
         if _PLENTY * (last_s + beside_s) <= left_s:
             return None
@@ -390,18 +391,18 @@ class Admission:
 
     def _fits_a_batch(self, work: Work) -> bool:
         """Whether a job would ride in every batch, with all there is on its graph."""
-        return self._demand(work) <= self._max_rows
+        return self._demand(work) <= self.batch_rows.of(work.key)
 
     def _batches(self, work: Work) -> int:
         """Calls that a job alone needs, one after another."""
-        return max(work.steps, -(-work.evaluations // self._max_rows))
+        return max(work.steps, -(-work.evaluations // self.batch_rows.of(work.key)))
 
     def _alone_s(self, work: Work, now_s: float) -> float:
         """Seconds a job needs at least; 0 where that is not known."""
         costs = self._costs.get(work.key)
         if costs is None or not costs.is_fresh(now_s):
             return 0.0
-        return self._batches(work) * costs.least(min(work.rows, self._max_rows), now_s)
+        return self._batches(work) * costs.least(min(work.rows, self.batch_rows.of(work.key)), now_s)
 
     def estimate_s(self, job: Job, caller: str, priority: Priority, now_s: float) -> float:
         """Seconds until a job would be done if it were let in now and nobody came after it.
@@ -427,7 +428,7 @@ class Admission:
             return min(evaluations / seats, beside / pace) if pace else evaluations / seats
 
         start, walk = batches(ahead), max(float(work.steps), batches(work.evaluations))
-        own_s = (start + walk) * costs.typical(self._max_rows)
+        own_s = (start + walk) * costs.typical(self.batch_rows.of(key))
         return own_s + self._elsewhere_s(key, priority, own_s)
 
     def _class_weights(self, key: GraphKey, priority: Priority) -> dict[tuple[GraphKey, Priority], float]:
@@ -442,7 +443,7 @@ class Admission:
         claims = {one: shares.Claim(0.0, weights[key, one], flow.rows) for one, flow in flows.items()}
         mine = flows.get(priority) or _Flow()
         claims[priority] = shares.Claim(0.0, weights[key, priority], mine.rows + rows)
-        share = _share(self._max_rows, claims[priority], [c for one, c in claims.items() if one != priority])
+        share = _share(self.batch_rows.of(key), claims[priority], [c for one, c in claims.items() if one != priority])
         line = mine.lines.get(caller) or _Line(self._weight(caller), mine)
         others, scale = _others(mine, caller)
         own = shares.Claim(0.0, line.weight, line.rows + rows)
@@ -462,7 +463,7 @@ class Admission:
             total += scale * sum(min(other.evaluations, pace * other.weight) for other in others)
         pace = total / weights[key, priority]
         total += sum(min(flow.evaluations, pace * weights[key, one]) for one, flow in flows.items() if one != priority)
-        return total / self._max_rows
+        return total / self.batch_rows.of(key)
 
     def _elsewhere_s(self, key: GraphKey, priority: Priority, own_s: float) -> float:
         """Seconds that other graphs get of the device while this one gets `own_s`."""
@@ -472,7 +473,7 @@ class Admission:
         pace = own_s / sum(weight for (graph, _), weight in weights.items() if graph == key)
         total = 0.0
         for graph, flows in self._flows.items():
-            rows = min(self._max_rows, sum(flow.rows for flow in flows.values()))
+            rows = min(self.batch_rows.of(graph), sum(flow.rows for flow in flows.values()))
             if graph != key and graph in self._costs and rows:
                 evaluation_s = self._costs[graph].typical(rows) / rows
                 for one, flow in flows.items():

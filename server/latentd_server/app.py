@@ -46,6 +46,8 @@ LINGER_SECONDS = 0.5
 """How long a draining server refuses calls in words (UNAVAILABLE, DRAINING) before it closes its port, after which
 calls that are on their way would be cancelled without one."""
 
+USUAL_ROWS, WIDEST_ROWS = 64, 1024
+"""Of a batch, unless the settings say otherwise; the second of networks that are small enough (ADR 38)."""
 _MOST_PENDING_CALLS = 1_000_000
 
 _SEEDS_AT_ONCE = 512
@@ -128,9 +130,10 @@ async def serving(config: Config, device: Device, points: Points | None = None) 
     """
     metrics = Metrics()
     metrics.running(__version__, str(device))
+    max_rows = config.max_batch_rows or USUAL_ROWS
     engine = Engine(
         metrics,
-        max_rows=config.max_batch_rows,
+        max_rows=max_rows,
         max_backlog=config.max_backlog,
         max_model_backlog=config.max_model_backlog,
         max_caller_backlog=config.max_caller_backlog,
@@ -145,11 +148,12 @@ async def serving(config: Config, device: Device, points: Points | None = None) 
         engine,
         device,
         threads=threads,
-        max_rows=config.max_batch_rows,
+        max_rows=max_rows,
         strict=config.determinism == "strict",
         cache=open_cache(config.cache, os.environ),
         grace_s=config.drain_seconds,
         max_samples=config.max_samples,
+        widest_rows=0 if config.max_batch_rows else WIDEST_ROWS,
     )
     health = Health()
     registry.subscribe(health.model_changed)

@@ -53,6 +53,12 @@ def _device(text: str) -> str:
     return text
 
 
+def _batch_rows(rows: int) -> int:
+    if rows == 1:
+        raise ValueError("must be 0, or from 2 to 4096, since a guided sample takes two rows")
+    return rows
+
+
 def _caller_weights(value: object) -> object:
     """`NAME=WEIGHT,...` of a flag or a variable as a mapping; the file has a table of them."""
     if not isinstance(value, str):
@@ -66,6 +72,7 @@ def _caller_weights(value: object) -> object:
 
 Address = Annotated[str, AfterValidator(_address)]
 OptionalAddress = Annotated[str, AfterValidator(_optional_address)]
+BatchRows = Annotated[int, AfterValidator(_batch_rows)]
 CallerWeights = Annotated[dict[str, Annotated[float, Field(ge=0.001, le=1000)]], BeforeValidator(_caller_weights)]
 
 
@@ -119,7 +126,13 @@ class Config(BaseModel):
         "done; 0 is never",
     )
     threads: int = Field(0, ge=0, le=1024, description="threads of one network call on the CPU; 0 takes all cores")
-    max_batch_rows: int = Field(64, ge=2, le=4096, description="rows of one network call; a guided sample takes two")
+    max_batch_rows: BatchRows = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="rows of one network call; a guided sample takes two. 0 is 64, and up to 1024 of networks so small "
+        "that a call then takes about a millisecond",
+    )
     max_backlog: int = Field(
         1_000_000, ge=1, description="evaluations that may be accepted and not yet run; more are refused"
     )

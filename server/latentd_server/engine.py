@@ -32,7 +32,7 @@ from latentd_server.lookahead import Lookahead
 from latentd_server.points import Points
 from latentd_server.priority import Priority
 from latentd_server.runners import Outcome, Runner, evaluate
-from latentd_server.scheduler import Arrival, Batch, Entry, GraphKey, Scheduler
+from latentd_server.scheduler import Arrival, Batch, Entry, GraphKey, Scheduler, graph_key
 from latentd_server.self_check import SelfCheck, SelfCheckMetrics
 
 Sink = Callable[[Event], None]
@@ -112,7 +112,8 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         points: Points | None = None,
     ) -> None:
-        """`max_rows` is the largest batch; `max_backlog` the evaluations that may be accepted and not yet run.
+        """`max_rows` is the largest batch of graphs that are attached without another; `max_backlog` the evaluations
+        that may be accepted and not yet run.
 
         Those of one model and of one caller have bounds of their own, or the same. `caller_weights` are the shares of
         callers that do not weigh 1. Self-checks keep `self_check_interval_s` apart; 0 is none.
@@ -134,7 +135,7 @@ class Engine:
         self._admission_lock = threading.Lock()
         self._leavers: set[int] = set()  # cancelled, and still on the books; both sides' own
         self._commands: queue.SimpleQueue[list[Command]] = queue.SimpleQueue()
-        self._hand_over = HandOver(self._loop, clock, self._commands, max_rows)
+        self._hand_over = HandOver(self._loop, clock, self._commands)
         self._hand_back = HandBack(self._loop, self._deliver)
         # From here on: the device thread's own.
         self._runners: dict[GraphKey, Runner] = {}
@@ -195,7 +196,8 @@ class Engine:
         self._models[job_id] = {stage.model for stage in stages(job)}
         self._idle.clear()
         admit = partial(self._admit, job_id, job, caller, priority, now, deadline)
-        self._hand_over.submit(admit, job.lane_count * job.rows_per_lane, alone=len(self._sinks) == 1)
+        share = job.lane_count * job.rows_per_lane / self._admission.batch_rows.of(graph_key(job))
+        self._hand_over.submit(admit, share, alone=len(self._sinks) == 1)
         return job_id
 
     @property
@@ -275,14 +277,17 @@ class Engine:
         *,
         promise: bool = False,
         state_lanes: Mapping[GraphKey, int] = MappingProxyType({}),
+        wide: Mapping[GraphKey, int] = MappingProxyType({}),
     ) -> None:
         """Take over the graphs of a model that is about to be served; `promise` is whether its bytes are checked,
-        `state_lanes` for how many lanes' state there is room where that is bounded.
+        `state_lanes` for how many lanes' state there is room where that is bounded, `wide` the rows of the largest
+        batch where that is another than `max_rows`.
         """
         with self._admission_lock:
+            self._admission.batch_rows.update(wide)
             for key, lanes in state_lanes.items():
                 self._admission.limit_state(key, lanes)
-        self._hand_over.tell(lambda: self._newcomers.append((runners, promise)))
+        self._hand_over.tell(lambda: self._expect(runners, promise, wide))
 
     def detach(self, model: str) -> None:
         """Let go of a model's graphs; its last job must be over."""
@@ -536,6 +541,10 @@ class Engine:
         for each in [job_id] if course is None else course.stages:
             self._scheduler.pause(each, paused)
 
+    def _expect(self, runners: dict[GraphKey, Runner], promise: bool, wide: Mapping[GraphKey, int]) -> None:
+        self._scheduler.batch_rows.update(wide)
+        self._newcomers.append((runners, promise))
+
     def _welcome(self) -> None:
         """Take over the graphs of new models. Warming up takes the device, so this is for its own thread to do."""
         newcomers, self._newcomers = self._newcomers, []
@@ -557,6 +566,7 @@ class Engine:
             del self._fastest_s[timed]
         for key in [key for key in list(self._host_s) if key[0] == model]:
             del self._host_s[key]
+        self._scheduler.batch_rows.forget(model)
         with self._admission_lock:
             self._admission.forget_model(model)
 

@@ -11,6 +11,7 @@ QUIET_TURNS = 32
 calls that arrive together are spread over some."""
 LONGEST_S = 0.004
 """No job waits for others longer than this."""
+_FULL = 0.999  # of a batch: sums of shares are rounded
 LONELY = 8
 """Jobs in a row, each submitted while there was no other, after which a caller counts as alone."""
 
@@ -28,18 +29,15 @@ class HandOver:
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float],
         to: queue.SimpleQueue[list[Command]],
-        full_rows: int,
     ) -> None:
-        """So many rows fill a batch."""
         self.calls_are_short = False  # the device thread says so
         self._loop = loop
         self._clock = clock
         self._to = to
-        self._full_rows = full_rows
         self._commands: list[Command] = []
         self._since_s = 0.0  # when the first of them came
         self._jobs = 0  # among them
-        self._rows = 0  # of those, whatever graphs they are for
+        self._filled = 0.0  # batches that those fill, whatever graphs they are for
         self._jobs_seen = 0  # at the last turn
         self._turns_left = 0
         self._lonely = LONELY  # jobs in a row that were alone; at first nobody has company
@@ -49,13 +47,15 @@ class HandOver:
         self._add(command)
         self._turns_left = 0
 
-    def submit(self, command: Command, rows: int, *, alone: bool) -> None:
-        """Hand over a command that brings a job of so many rows; `alone` is whether there is no other job."""
+    def submit(self, command: Command, share: float, *, alone: bool) -> None:
+        """Hand over a command that brings a job; `share` is the part of a batch that it fills, 1 or more for all of it,
+        and `alone` whether there is no other job.
+        """
         self._lonely = self._lonely + 1 if alone else 0
         self._jobs += 1
-        self._rows += rows
+        self._filled += share
         self._add(command)
-        if self._rows >= self._full_rows:
+        if self._filled > _FULL:
             self._turns_left = 0
 
     def _add(self, command: Command) -> None:
@@ -72,5 +72,5 @@ class HandOver:
             if self._clock() - self._since_s < LONGEST_S:
                 self._loop.call_soon(self._turn)
                 return
-        commands, self._commands, self._jobs, self._rows = self._commands, [], 0, 0
+        commands, self._commands, self._jobs, self._filled = self._commands, [], 0, 0.0
         self._to.put(commands)

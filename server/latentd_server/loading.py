@@ -11,7 +11,7 @@ from pathlib import Path
 from latentd import __version__
 from latentd.v1 import bundle_pb2, model_pb2
 
-from latentd_server import latents, sizes, step_graph
+from latentd_server import graph_cost, latents, sizes, step_graph
 from latentd_server.alone import Alone
 from latentd_server.bundle import BundleError, StoredBundle, read
 from latentd_server.call_runner import CallRunner
@@ -29,6 +29,11 @@ from latentd_server.wiring import state_spec
 log = logging.getLogger(__name__)
 
 _NONE: Mapping[str, Servable] = {}
+
+_SHORT_CALL = 100_000_000
+"""Multiply-adds that one core does in about a millisecond."""
+_SMALL_CALL_BYTES = 2**20
+"""Of inputs and outputs, of a call that is wider than others."""
 
 _Source = bundle_pb2.NetworkInput
 _Determinism = model_pb2.ModelDeterminism
@@ -48,6 +53,7 @@ class LoadedModel:
     runners: dict[GraphKey, Runner]
     checkable: bool  # whether the bytes of its own graphs are promised
     state_lanes: dict[GraphKey, int] = field(default_factory=dict)  # room for lanes' state, where that is bounded
+    wide: dict[GraphKey, int] = field(default_factory=dict)  # rows of a batch, where that is more than usual
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Terms:
     strict: bool  # equal bytes, or else whatever is fastest
     cache: CertificateCache
     max_samples: int = 1024  # of one request
+    widest_rows: int = 0  # of graphs so small that such a call is short, where that is more than `max_rows`
 
 
 def load(directory: Path, terms: Terms, served: Mapping[str, Servable] = _NONE) -> LoadedModel:
@@ -79,20 +86,24 @@ def load(directory: Path, terms: Terms, served: Mapping[str, Servable] = _NONE) 
     runners: dict[GraphKey, Runner] = {}
     certificates: dict[str, Certificate] = {}
     state_lanes: dict[GraphKey, int] = {}
+    wide: dict[GraphKey, int] = {}
     variants = {size: replace(stored, message=sizes.at(stored.message, size)) for size in sizes.listed(model)}
     model.ClearField("determinism")
     for size, variant in [(None, stored), *variants.items()]:
         for network in variant.message.networks:
             with compiling():
-                runner, trial, graph, data = _prepared(network, variant, terms)
+                rows = _most_rows(network, variant, terms)
+                runner, trial, graph, data = _prepared(network, variant, rows, terms)
                 known = circumstances | {"graph": hashlib.sha256(data).hexdigest(), "latentd": __version__}
-                certificate = _certificate(trial, graph, known, terms)
+                certificate = _certificate(trial, graph, known, bucket_sizes(rows, terms.device.kind), terms)
             runner.buckets = certificate.buckets
             key = key_of(model.name, network.role, size)
             shape = tuple(state_spec(variant.message.model).shape)
             if isinstance(runner, StepRunner) and (lanes := state_room(terms, shape).lanes):
                 state_lanes[key] = lanes
             runners[key] = Alone(runner) if certificate.promise is Promise.ALONE else runner
+            if rows > terms.max_rows and certificate.promise is not Promise.ALONE:
+                wide[key] = rows
             label = network.file if size is None else f"{network.file} at {sizes.text(size)}"
             certificates[label] = certificate
             model.determinism.graphs.append(_graph_described(network.file, size, certificate))
@@ -114,7 +125,7 @@ def load(directory: Path, terms: Terms, served: Mapping[str, Servable] = _NONE) 
         for size, variant in variants.items()
     )
     servable = Servable(stored.message, stored.schedule, name, is_promise(name), decoder, variants=at_sizes)
-    return LoadedModel(servable, runners, own, state_lanes)
+    return LoadedModel(servable, runners, own, state_lanes, wide)
 
 
 @dataclass(frozen=True)
@@ -149,16 +160,33 @@ def state_room(terms: Terms, shape: tuple[int, ...]) -> StateRoom:
     return StateRoom(replace(terms.device, cuda=cuda), terms.max_samples, slots)
 
 
+def _most_rows(network: bundle_pb2.Network, stored: StoredBundle, terms: Terms) -> int:
+    """Rows of the largest call of a graph. What a batch costs beside its call is shared by more rows where the call
+    stays short; how short is counted, not measured, since replicas must agree on the sizes that are tried.
+    """
+    rows = terms.max_rows
+    if terms.widest_rows <= rows or network.role == bundle_pb2.Network.ROLE_DENOISER:
+        return rows
+    cost = graph_cost.row_cost(stored.graphs[network.role])
+    row_bytes = 4 * sum(math.prod(value.spec.shape) for value in (*network.inputs, *network.outputs))
+    if cost is None:
+        return rows
+    most = min(terms.widest_rows, _SHORT_CALL // max(1, cost), _SMALL_CALL_BYTES // max(1, row_bytes))
+    while 2 * rows <= most:
+        rows *= 2
+    return rows
+
+
 def _prepared(
-    network: bundle_pb2.Network, stored: StoredBundle, terms: Terms
+    network: bundle_pb2.Network, stored: StoredBundle, rows: int, terms: Terms
 ) -> tuple[CallRunner | StepRunner, Trial, CompiledGraph, bytes]:
     """What runs a graph, its trial, the graph on the device, and what was compiled: a denoiser in the step graph."""
     model, data = stored.message.model, stored.graphs[network.role]
-    everything = Buckets(bucket_sizes(terms.max_rows, terms.device.kind))
+    everything = Buckets(bucket_sizes(rows, terms.device.kind))
     if network.role != bundle_pb2.Network.ROLE_DENOISER:
         graph = CompiledGraph(data, terms.device, terms.threads)
         calls = CallRunner(graph, network, everything)
-        return calls, CallTrial(calls, network, model, terms.max_rows), graph, data
+        return calls, CallTrial(calls, network, model, rows), graph, data
     by_source = {value.source: value.name for value in network.inputs}
     label = by_source.get(_Source.SOURCE_CLASS_LABEL)
     shape = tuple(state_spec(model).shape)
@@ -174,15 +202,16 @@ def _prepared(
     room = state_room(terms, shape)
     graph = CompiledGraph(data, room.device, terms.threads)
     steps = StepRunner(graph, shape, everything, lanes=room.slots)
-    return steps, StepTrial(steps, model, has_label, terms.max_rows), graph, data
+    return steps, StepTrial(steps, model, has_label, rows), graph, data
 
 
-def _certificate(trial: Trial, graph: CompiledGraph, known: Mapping[str, str], terms: Terms) -> Certificate:
+def _certificate(
+    trial: Trial, graph: CompiledGraph, known: Mapping[str, str], sizes: tuple[int, ...], terms: Terms
+) -> Certificate:
     """Try a graph, or look up what trying it gave before; either way it is warm afterwards.
 
     A kept certificate is believed when the smallest call still gives the bytes it gave then.
     """
-    sizes = bucket_sizes(terms.max_rows, terms.device.kind)
     found = terms.cache.find(known, sizes) if terms.strict else Certificate(Promise.NOTHING, Buckets(sizes))
     if found is not None and terms.device.kind == "cuda":  # kernels are loaded and graphs captured by the first calls
         warm_up(trial, found.buckets)

@@ -68,14 +68,18 @@ class Registry:
         cache: CertificateCache | None = None,
         grace_s: float = 60.0,
         max_samples: int = 1024,
+        widest_rows: int = 0,
     ) -> None:
         """`grace_s` is how long requests that were accepted may take once their model is to be unloaded; `max_samples`
-        is the most that one request may ask for.
+        is the most that one request may ask for; `widest_rows` the largest batch of graphs so small that it is a short
+        call, where that is more than `max_rows`.
         """
         self._grace_s = grace_s
         self._root = root
         self._engine = engine
-        self._terms = Terms(device, threads, max_rows, strict, cache or CertificateCache(None), max_samples)
+        self._terms = Terms(
+            device, threads, max_rows, strict, cache or CertificateCache(None), max_samples, widest_rows
+        )
         self._held: dict[ModelReference, _Held] = {}
         self._listeners: list[Listener] = []
         self._answering: dict[str, Servable] = {}  # by reference, as `get` found them since the last change of state
@@ -191,7 +195,9 @@ class Registry:
                 log.error("%s is not served: %s", held.reference, held.failure)
                 self._change(held, model_pb2.Model.STATE_FAILED)
                 return
-            self._engine.attach(loaded.runners, promise=loaded.checkable, state_lanes=loaded.state_lanes)
+            self._engine.attach(
+                loaded.runners, promise=loaded.checkable, state_lanes=loaded.state_lanes, wide=loaded.wide
+            )
             held.servable = loaded.servable
             self._change(held, model_pb2.Model.STATE_ACTIVE)
 

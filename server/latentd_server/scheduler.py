@@ -252,14 +252,37 @@ def key_of(model: str, role: bundle_pb2.Network.Role.ValueType, size: tuple[int,
     return (model, role) if size is None else (model, role, size)
 
 
+class BatchRows:
+    """How many rows a batch of a graph may have."""
+
+    def __init__(self, usual: int) -> None:
+        if usual < 2:
+            raise ValueError(f"max_rows must be at least 2, since a guided lane takes two rows; got {usual}")
+        self._usual = usual
+        self._others: dict[GraphKey, int] = {}
+
+    def of(self, key: GraphKey) -> int:
+        """Of this graph."""
+        return self._others.get(key, self._usual)
+
+    def update(self, others: Mapping[GraphKey, int]) -> None:
+        """Learn of graphs whose batches are not the usual ones."""
+        self._others.update(others)
+
+    def forget(self, model: str) -> None:
+        """Forget the graphs of a model."""
+        for key in [key for key in self._others if key[0] == model]:
+            del self._others[key]
+
+
 class Scheduler:
     """The books: every accepted and unfinished job, and whose turn it is."""
 
     def __init__(self, max_rows: int, caller_weights: Mapping[str, float] | None = None) -> None:
-        """`caller_weights` are the shares of callers that do not weigh 1."""
-        if max_rows < 2:
-            raise ValueError(f"max_rows must be at least 2, since a guided lane takes two rows; got {max_rows}")
-        self._max_rows = max_rows
+        """`max_rows` is the largest batch of graphs of which `batch_rows` knows nothing else; `caller_weights` are the
+        shares of callers that do not weigh 1.
+        """
+        self.batch_rows = BatchRows(max_rows)
         self._caller_weights = dict(caller_weights or {})
         self._queues: dict[GraphKey, _Queue] = {}
         self._ready: list[Flow] = []  # those with lanes that may ride
@@ -389,7 +412,7 @@ class Scheduler:
         segments: list[Segment] = []
         flows = [flow for flow in lead.queue.flows.values() if flow.ready]
         if len(flows) == 1:
-            self._fill(lead, self._max_rows, segments)
+            self._fill(lead, self.batch_rows.of(lead.queue.key), segments)
         else:
             self._share_out(lead.queue, flows, segments)
         for segment in segments:
@@ -416,7 +439,7 @@ class Scheduler:
 
     def _share_out(self, queue: _Queue, flows: list[Flow], segments: list[Segment]) -> None:
         """Seat the flows of a graph, each in its share of a batch."""
-        left = self._max_rows
+        left = most_rows = self.batch_rows.of(queue.key)
         wanted = [flow.wanted(left + 1) for flow in flows]
         claims = [shares.Claim(flow.served, flow.weight, most) for flow, most in zip(flows, wanted, strict=True)]
         paid = [0] * len(flows)
@@ -426,7 +449,7 @@ class Scheduler:
                     taken, charge = self._fill(flow, rows, segments, strictly=given is not None)
                     paid[index] += charge
                     left -= taken
-        if sum(wanted) > self._max_rows:
+        if sum(wanted) > most_rows:
             queue.level = shares.settle(flows, wanted, paid, queue.level)
 
     def _fill(self, flow: Flow, rows: int, segments: list[Segment], *, strictly: bool = False) -> tuple[int, int]:

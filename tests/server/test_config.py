@@ -45,7 +45,7 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(models: P
     file.write_text(f'models = "{models}"\nmax_samples = 1\nmax_steps = 1\nthreads = 1\n')
     environment = {"LATENTD_MAX_SAMPLES": "2", "LATENTD_MAX_STEPS": "2", "LATENTD_CONFIG": str(file)}
     config = settings.read(["--max-samples=3"], environment)
-    assert (config.max_samples, config.max_steps, config.threads, config.max_batch_rows) == (3, 2, 1, 64)
+    assert (config.max_samples, config.max_steps, config.threads, config.max_batch_rows) == (3, 2, 1, 0)
     assert config.models == models
     other = tmp_path / "other.toml"
     other.write_text(f'models = "{models}"\nthreads = 7\n')
@@ -56,7 +56,7 @@ def test_the_defaults_are_those_of_the_documentation(models: Path) -> None:
     """Ports, limits and drain as the design and the deployment rely on them."""
     config = Config(models=models)
     assert (config.listen, config.http, config.health, config.admin) == ("127.0.0.1:8500", "127.0.0.1:9090", "", "")
-    assert (config.device, config.drain_seconds, config.max_batch_rows) == ("auto", 60.0, 64)
+    assert (config.device, config.drain_seconds, config.max_batch_rows) == ("auto", 60.0, 0)
     assert (config.max_samples, config.max_steps, config.max_message_mib) == (1024, 1000, 64)
     assert config.reader_timeout == 30.0
     assert (config.max_backlog, config.max_model_backlog, config.max_caller_backlog) == (1_000_000, 750_000, 500_000)
@@ -82,7 +82,7 @@ BAD = [
     (["--http", ""], {}, "--http: must be HOST:PORT"),
     (["--device", "tpu"], {}, "--device: must be auto, cpu or cuda:N; got 'tpu'"),
     ([], {"LATENTD_THREADS": "many"}, "LATENTD_THREADS: must be a valid integer"),
-    ([], {"LATENTD_MAX_BATCH_ROWS": "1"}, "LATENTD_MAX_BATCH_ROWS: must be greater than or equal to 2; got '1'"),
+    ([], {"LATENTD_MAX_BATCH_ROWS": "1"}, "LATENTD_MAX_BATCH_ROWS: must be 0, or from 2 to 4096, since"),
     (["--drain-seconds", "-1"], {}, "--drain-seconds: must be greater than or equal to 0"),
     (["--drain-seconds", "nan"], {}, "--drain-seconds: must be"),
     (["--reader-timeout", "-1"], {}, "--reader-timeout: must be greater than or equal to 0"),

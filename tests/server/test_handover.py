@@ -40,7 +40,7 @@ class Scene:
         self.now_s = 0.0
         self.loop = Loop()
         self._queue: queue.SimpleQueue[list[Command]] = queue.SimpleQueue()
-        self.hand_over = HandOver(cast(asyncio.AbstractEventLoop, self.loop), lambda: self.now_s, self._queue, FULL)
+        self.hand_over = HandOver(cast(asyncio.AbstractEventLoop, self.loop), lambda: self.now_s, self._queue)
         self.hand_over.calls_are_short = True
 
     def taken(self) -> list[list[Any]]:
@@ -69,7 +69,7 @@ def test_jobs_that_follow_each_other_closely_ride_together(scene: Scene) -> None
     """Overlapping jobs of short calls are handed over when none has come for so many turns, not before."""
     commands = [command() for _ in range(5)]
     for each in commands:
-        scene.hand_over.submit(each, 1, alone=False)
+        scene.hand_over.submit(each, 1 / FULL, alone=False)
         scene.turns(QUIET_TURNS // 2)
         assert not scene.taken()
     scene.turns(QUIET_TURNS + 1)
@@ -79,23 +79,23 @@ def test_jobs_that_follow_each_other_closely_ride_together(scene: Scene) -> None
 
 def test_no_job_waits_longer_than_the_bound(scene: Scene) -> None:
     """Jobs that never stop coming do not hold back the first."""
-    scene.hand_over.submit(command(), 1, alone=False)
+    scene.hand_over.submit(command(), 1 / FULL, alone=False)
     scene.turns(1)
     scene.now_s += LONGEST_S
-    scene.hand_over.submit(command(), 1, alone=False)
+    scene.hand_over.submit(command(), 1 / FULL, alone=False)
     scene.turns(1)
     assert [len(each) for each in scene.taken()] == [2]
 
 
 def test_a_full_batch_does_not_wait(scene: Scene) -> None:
     """Jobs that fill a batch together are handed over at the end of the turn, and the next ones gather anew."""
-    scene.hand_over.submit(command(), FULL - 1, alone=False)
+    scene.hand_over.submit(command(), (FULL - 1) / FULL, alone=False)
     scene.turns(1)
     assert not scene.taken()
-    scene.hand_over.submit(command(), 1, alone=False)
+    scene.hand_over.submit(command(), 1 / FULL, alone=False)
     scene.turns(1)
     assert [len(each) for each in scene.taken()] == [2]
-    scene.hand_over.submit(command(), FULL - 1, alone=False)
+    scene.hand_over.submit(command(), (FULL - 1) / FULL, alone=False)
     scene.turns(1)
     assert not scene.taken()
 
@@ -103,8 +103,8 @@ def test_a_full_batch_does_not_wait(scene: Scene) -> None:
 def test_long_calls_are_not_waited_for(scene: Scene) -> None:
     """Where calls are long a job is handed over at the end of the turn it came in, with all that came in it."""
     scene.hand_over.calls_are_short = False
-    scene.hand_over.submit(command(), 1, alone=False)
-    scene.hand_over.submit(command(), 1, alone=False)
+    scene.hand_over.submit(command(), 1 / FULL, alone=False)
+    scene.hand_over.submit(command(), 1 / FULL, alone=False)
     scene.turns(1)
     assert [len(each) for each in scene.taken()] == [2]
 
@@ -112,13 +112,13 @@ def test_long_calls_are_not_waited_for(scene: Scene) -> None:
 def test_a_caller_that_is_alone_waits_for_nobody(scene: Scene) -> None:
     """After some jobs one after another each is handed over at once, until two overlap."""
     for _ in range(LONELY):
-        scene.hand_over.submit(command(), 1, alone=True)
+        scene.hand_over.submit(command(), 1 / FULL, alone=True)
         scene.turns(QUIET_TURNS + 2)
     scene.taken()
-    scene.hand_over.submit(command(), 1, alone=True)
+    scene.hand_over.submit(command(), 1 / FULL, alone=True)
     scene.turns(1)
     assert [len(each) for each in scene.taken()] == [1]
-    scene.hand_over.submit(command(), 1, alone=False)
+    scene.hand_over.submit(command(), 1 / FULL, alone=False)
     scene.turns(1)
     assert not scene.taken()
 
@@ -126,7 +126,7 @@ def test_a_caller_that_is_alone_waits_for_nobody(scene: Scene) -> None:
 def test_a_cancel_is_not_kept_waiting(scene: Scene) -> None:
     """What is no job goes at the end of the turn and takes along what waited before it, in order."""
     job, cancel = command(), command()
-    scene.hand_over.submit(job, 1, alone=False)
+    scene.hand_over.submit(job, 1 / FULL, alone=False)
     scene.turns(3)
     scene.hand_over.tell(cancel)
     scene.turns(1)
@@ -143,7 +143,7 @@ def test_nothing_is_lost_and_order_is_kept(acts: list[str]) -> None:
             if act == "tell":
                 scene.hand_over.tell(asked[-1])
             else:
-                scene.hand_over.submit(asked[-1], 1, alone=act == "lonely job")
+                scene.hand_over.submit(asked[-1], 1 / FULL, alone=act == "lonely job")
         elif act == "late":
             scene.now_s += LONGEST_S / 3
         elif act == "turn":
