@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentd import __version__
+from latentd.tensor import DTYPES
 from latentd.v1 import bundle_pb2, model_pb2
 
 from latentd_server import graph_cost, latents, sizes, step_graph
@@ -168,7 +169,8 @@ def _most_rows(network: bundle_pb2.Network, stored: StoredBundle, terms: Terms) 
     if terms.widest_rows <= rows or network.role == bundle_pb2.Network.ROLE_DENOISER:
         return rows
     cost = graph_cost.row_cost(stored.graphs[network.role])
-    row_bytes = 4 * sum(math.prod(value.spec.shape) for value in (*network.inputs, *network.outputs))
+    specs = [value.spec for value in network.inputs] + [value.spec for value in network.outputs]
+    row_bytes = sum(DTYPES[spec.data_type].itemsize * math.prod(spec.shape) for spec in specs)
     if cost is None:
         return rows
     most = min(terms.widest_rows, _SHORT_CALL // max(1, cost), _SMALL_CALL_BYTES // max(1, row_bytes))
