@@ -92,7 +92,7 @@ def register(server: aio.Server, service: ServiceDescriptor, servicer: object) -
         handlers[method.name] = make(
             _handler(serve),
             request_deserializer=_reader(GetMessageClass(method.input_type)),
-            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+            response_serializer=_written,
         )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
@@ -141,6 +141,11 @@ def _reader(kind: type[Message]) -> Callable[[bytes], Message | Junk]:
             return Junk(kind.DESCRIPTOR.full_name)
 
     return read
+
+
+def _written(response: Message | bytes) -> bytes:
+    """The bytes of a response, which some handlers have made already."""
+    return response if isinstance(response, bytes) else response.SerializeToString()
 
 
 def _handler(serve: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:

@@ -7,6 +7,8 @@ Every function raises FieldsInvalidError, which lists every violation, and Metho
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -15,7 +17,7 @@ from latentd.v1 import bundle_pb2, generation_service_pb2, model_pb2, tensor_pb2
 
 from latentd_server import bounds, calls, loops, sizes, walks
 from latentd_server.admission import Work
-from latentd_server.fields import MAX_INT32, Fields
+from latentd_server.fields import MAX_INT32, Fields, has_label
 from latentd_server.job import Servable
 from latentd_server.plans import (
     Bounding,
@@ -34,6 +36,9 @@ from latentd_server.scheduler import key_of
 from latentd_server.wiring import Wiring, supporting, wiring
 
 Model = model_pb2.Model
+
+_MOST_KEPT_SAMPLES, _MOST_KEPT_BYTES = 1024, 512
+"""Of a request whose plan is kept, for one like it with another seed."""
 
 Request = (
     generation_service_pb2.SampleRequest
@@ -88,6 +93,41 @@ def sample(
     request: generation_service_pb2.SampleRequest, servable: Servable, fresh_seed: int, limits: Limits
 ) -> Sampling:
     """Resolve Sample; `fresh_seed`, a number nobody else has, is used where the request has none."""
+    alike = None
+    if 0 <= request.sample_count <= _MOST_KEPT_SAMPLES and request.ByteSize() <= _MOST_KEPT_BYTES:
+        alike = _sample_of_any_seed(_without_seed(request), servable, limits)
+    if alike is None:
+        return _sample(request, servable, fresh_seed, limits)
+    return _with_seed(alike, request.seed if request.HasField("seed") else fresh_seed)
+
+
+def _without_seed(request: generation_service_pb2.SampleRequest) -> bytes:
+    rest = generation_service_pb2.SampleRequest()
+    rest.CopyFrom(request)
+    rest.ClearField("seed")
+    return rest.SerializeToString()
+
+
+@lru_cache(maxsize=256)
+def _sample_of_any_seed(request: bytes, servable: Servable, limits: Limits) -> Sampling | None:
+    """Most requests are like one before but for their seed; None where more than the noise hangs on that."""
+    asked = generation_service_pb2.SampleRequest.FromString(request)
+    plan = _sample(asked, servable, 0, limits)
+    labels_are_drawn = plan.labels is not None and not has_label(asked.condition)
+    is_reusable = servable.promise and not labels_are_drawn and plan.job.then is None
+    return plan if is_reusable else None
+
+
+def _with_seed(plan: Sampling, seed: int) -> Sampling:
+    resolved = generation_service_pb2.SampleRequest()
+    resolved.CopyFrom(plan.resolved_request)
+    resolved.seed = seed
+    return replace(plan, job=replace(plan.job, seed=seed), resolved_request=resolved)
+
+
+def _sample(
+    request: generation_service_pb2.SampleRequest, servable: Servable, fresh_seed: int, limits: Limits
+) -> Sampling:
     model = supporting(servable, Model.METHOD_SAMPLE)
     fields = Fields()
     model = _at_size(fields, request, model)

@@ -111,7 +111,9 @@ def results(
         rows = slice(first, first + group)
         lanes = event.lanes[rows]
         # Lanes that arrive together cost the same each; a message that holds a part of them tells that part's cost.
-        share = replace(event.cost, evaluations=event.cost.evaluations * len(lanes) // len(samples))
+        share = event.cost
+        if len(lanes) < len(samples):
+            share = replace(share, evaluations=share.evaluations * len(lanes) // len(samples))
         message = new()
         result = message.result
         result.sample_indices.extend(lanes.tolist())
