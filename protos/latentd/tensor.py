@@ -53,6 +53,15 @@ def pack(array: NDArray[Any], into: tensor_pb2.Tensor, path: str = "tensor") -> 
     Raises:
         TensorError: as `encode`.
     """
+    into.data = describe(array, into, path).tobytes()
+
+
+def describe(array: NDArray[Any], into: tensor_pb2.Tensor, path: str = "tensor") -> NDArray[Any]:
+    """Fill in all of an empty `Tensor` but its data, which are the bytes of the array returned.
+
+    Raises:
+        TensorError: as `encode`.
+    """
     dtype = array.dtype
     data_type = _DATA_TYPES.get(dtype)
     if data_type is None:  # or in the other byte order
@@ -67,7 +76,7 @@ def pack(array: NDArray[Any], into: tensor_pb2.Tensor, path: str = "tensor") -> 
         array = array.astype(dtype)
     into.data_type = data_type
     into.shape.extend(array.shape)
-    into.data = array.tobytes()
+    return array
 
 
 def decode(tensor: tensor_pb2.Tensor, path: str = "tensor") -> NDArray[Any]:

@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 
 from latentd_server.failures import ReaderTooSlowError
 from latentd_server.job import Array, Preview
+from latentd_server.wire import Written
 
 Source = Callable[[], list[Message]]
 """Makes messages when it is their turn; for what may be superseded until then."""
@@ -59,7 +60,7 @@ class Outbox:
         self._limit_bytes = limit_bytes
         self._limit_messages = limit_messages
         self._on_full = on_full
-        self._waiting: deque[tuple[Message | Source, int]] = deque()
+        self._waiting: deque[tuple[Message | Written | Source, int]] = deque()
         self._bytes = 0  # waiting, or being written
         self._writing = 0
         self._closed = False
@@ -78,7 +79,7 @@ class Outbox:
         self.pack: Callable[[list[Any]], Any] | None = None
         """Makes one message of several that wait; None for a reader that takes them one by one."""
 
-    def put(self, message: Message, size: int = 0) -> None:
+    def put(self, message: Message | Written, size: int = 0) -> None:
         """Add a message of about `size` bytes."""
         self._waiting.append((message, size))
         self._bytes += size
@@ -153,7 +154,7 @@ class Outbox:
                 await self._arrival
                 continue
             message, size = self._waiting.popleft()
-            if not isinstance(message, Message):
+            if not isinstance(message, Message | Written):
                 self._waiting.extendleft((made, 0) for made in reversed(message()))
                 continue
             if self.pack is not None and self._waiting:
@@ -162,13 +163,13 @@ class Outbox:
             self._measure()
             return message
 
-    def _packed(self, first: Message, size: int) -> tuple[Any, int]:
+    def _packed(self, first: Message | Written, size: int) -> tuple[Any, int]:
         """One message of the first and those that wait behind it, as far as they are made already."""
-        messages = [first]
+        messages: list[Message | Written] = [first]
         packed = size or first.ByteSize()  # what was made just now is counted nowhere else
         while self._waiting and len(messages) < _PACK_MESSAGES:
             message, its_size = self._waiting[0]
-            if not isinstance(message, Message):
+            if not isinstance(message, Message | Written):
                 break
             packed += its_size or message.ByteSize()
             if packed > _PACK_BYTES:

@@ -32,6 +32,7 @@ from latentd_server.metrics import Metrics
 from latentd_server.plans import Bounding, Diffusing, Encoding, Limits, Loop, LoopStep, Sampling, Scoring
 from latentd_server.priority import Priority, of_metadata
 from latentd_server.respond import Gathered
+from latentd_server.wire import Written
 
 
 class Engine(Protocol):
@@ -124,6 +125,9 @@ class Reply(Protocol):
 
     def send(self, response: Message, size: int, *, final: bool) -> None:
         """Pass on a response that `new` gave, of about `size` bytes now."""
+
+    def send_written(self, response: Written, *, final: bool) -> None:
+        """Pass on a response that is written already."""
 
     def send_later(self, fill: Fill) -> None:
         """Pass on responses that are made when it is their turn."""
@@ -310,11 +314,9 @@ class SampleExchange(Exchange):
         self._unanswered = 0
         self.account.samples += len(event.lanes)
         left = len(event.lanes)
-        size = sum(values.nbytes for values in event.outputs.values())
-        for message in respond.results(self._plan, event, self.reply.new):
-            count = len(message.result.sample_indices)
+        for count, response in respond.results(self._plan, event):
             left -= count
-            self.reply.send(message, size * count // len(event.lanes), final=event.last and not left)
+            self.reply.send_written(response, final=event.last and not left)
 
     def _look(self, new: Callable[[], generation_service_pb2.SampleResponse]) -> None:
         for look in self._previews.take():

@@ -25,6 +25,7 @@ from latentd.v1 import generation_service_pb2
 from latentd_server import batches, errors
 from latentd_server.accounts import Peer
 from latentd_server.failures import FieldsInvalidError, ReaderTooSlowError, Violation
+from latentd_server.wire import Written
 
 Context = aio.ServicerContext[Any, Any]
 Answer = TypeVar("Answer")
@@ -92,7 +93,7 @@ def register(server: aio.Server, service: ServiceDescriptor, servicer: object) -
         handlers[method.name] = make(
             _handler(serve),
             request_deserializer=_reader(GetMessageClass(method.input_type)),
-            response_serializer=_written,
+            response_serializer=_serialized,
         )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
@@ -143,9 +144,8 @@ def _reader(kind: type[Message]) -> Callable[[bytes], Message | Junk]:
     return read
 
 
-def _written(response: Message | bytes) -> bytes:
-    """The bytes of a response, which some handlers have made already."""
-    return response if isinstance(response, bytes) else response.SerializeToString()
+def _serialized(response: Message | Written) -> bytes:
+    return response.SerializeToString()
 
 
 def _handler(serve: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:

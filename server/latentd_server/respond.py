@@ -1,8 +1,9 @@
 """What came of a job -> response messages, filled in where they stand: copies of messages add up. Pure."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
@@ -26,9 +27,14 @@ from latentd_server.plans import (
     Sampling,
     Scoring,
 )
+from latentd_server.wire import Written, inside
+
+Result = generation_service_pb2.SampleResult
+_RESULT = generation_service_pb2.SampleResponse.RESULT_FIELD_NUMBER
 
 RESULT_BYTES = 1 << 20
 """About how much one `result` carries."""
+_MANY = 1024  # indices that are written once for all
 
 
 class Gathered:
@@ -99,10 +105,8 @@ def preview(
     return into
 
 
-def results(
-    plan: Sampling, event: Finished, new: Callable[[], generation_service_pb2.SampleResponse]
-) -> Iterator[generation_service_pb2.SampleResponse]:
-    """Finished samples, in messages of about 1 MiB, each filled into a new one."""
+def results(plan: Sampling, event: Finished) -> Iterator[tuple[int, Written]]:
+    """Finished samples, as `SampleResponse`s of about 1 MiB, and how many each holds."""
     samples = convert(event.outputs[plan.samples], plan.form)
     latents = event.outputs[plan.latents] if plan.latents else None
     row_bytes = samples[:1].nbytes + (0 if latents is None else latents[:1].nbytes)
@@ -110,20 +114,40 @@ def results(
     for first in range(0, len(samples), group):
         rows = slice(first, first + group)
         lanes = event.lanes[rows]
-        # Lanes that arrive together cost the same each; a message that holds a part of them tells that part's cost.
         share = event.cost
         if len(lanes) < len(samples):
+            # Lanes that arrive together cost the same each; a message that holds a part of them tells that part's cost.
             share = replace(share, evaluations=share.evaluations * len(lanes) // len(samples))
-        message = new()
-        result = message.result
-        result.sample_indices.extend(lanes.tolist())
-        codec.pack(samples[rows], result.samples)
-        tell(share, result.stats)
+        pieces = [_indices(lanes), *_tensor(Result.SAMPLES_FIELD_NUMBER, samples[rows])]
         if latents is not None:
-            codec.pack(latents[rows], result.latents)
+            pieces += _tensor(Result.LATENTS_FIELD_NUMBER, latents[rows])
+        rest = Result()
         if plan.labels is not None:
-            result.class_labels.extend(plan.labels[lanes].tolist())
-        yield message
+            rest.class_labels.extend(plan.labels[lanes].tolist())
+        tell(share, rest.stats)
+        result = Written([*pieces, rest.SerializeToString()])
+        yield len(lanes), Written(inside(_RESULT, result))
+
+
+def _indices(lanes: Array) -> bytes:
+    """A `SampleResult` of these indices alone. Of many they are nearly always all, in order."""
+    count = len(lanes)
+    if 1 < count <= _MANY and lanes[0] == 0 and np.array_equal(lanes, np.arange(count)):
+        return _first_indices(count)
+    return Result(sample_indices=lanes.tolist()).SerializeToString()
+
+
+@lru_cache(maxsize=64)
+def _first_indices(count: int) -> bytes:
+    return Result(sample_indices=range(count)).SerializeToString()
+
+
+def _tensor(field: int, array: Array) -> list[bytes]:
+    """The pieces of a field that is a `Tensor`."""
+    head = tensor_pb2.Tensor()
+    data = codec.describe(array, head).tobytes()
+    tensor = [head.SerializeToString(), *inside(tensor_pb2.Tensor.DATA_FIELD_NUMBER, Written([data]))]
+    return inside(field, Written(tensor))
 
 
 def encoded(

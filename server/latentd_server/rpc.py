@@ -15,6 +15,7 @@ from latentd_server.exchange import Door, Fill, SampleExchange, SingleExchange
 from latentd_server.failures import DrainingError
 from latentd_server.handling import Context, Tally, echo, guarded, peer_of
 from latentd_server.stream import OUTBOX_BYTES, Session
+from latentd_server.wire import Written
 
 
 class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
@@ -161,6 +162,10 @@ class _FutureReply:
         if not self._answer.done():  # cancelled, and the engine not told yet
             self._answer.set_result(response)
 
+    def send_written(self, response: Written, *, final: bool) -> None:
+        """Parts of an answer are written by themselves; a unary call has one."""
+        raise TypeError("a unary call takes one answer")
+
     def send_later(self, fill: Fill) -> None:
         """A unary call has one answer."""
         raise TypeError("a unary call takes one answer")
@@ -182,6 +187,12 @@ class _OutboxReply:
     def send(self, response: Message, size: int, *, final: bool) -> None:
         """Add a message."""
         self._outbox.put(response, size + MESSAGE_BYTES)
+        if final:
+            self._outbox.close()
+
+    def send_written(self, response: Written, *, final: bool) -> None:
+        """Add a message that is written already."""
+        self._outbox.put(response, response.size + MESSAGE_BYTES)
         if final:
             self._outbox.close()
 

@@ -33,6 +33,7 @@ from latentd_server.failures import (
 )
 from latentd_server.handling import Junk
 from latentd_server.priority import of_field
+from latentd_server.wire import Written, inside, written
 
 OUTBOX_BYTES = 8 * 2**20
 """What may wait for a reader before the jobs it waits for sit out."""
@@ -42,7 +43,6 @@ AHEAD_BYTES = 8 * 2**20
 
 _BATCH = pb.StreamResponse.BATCH_FIELD_NUMBER
 _RESPONSES = pb.StreamResponseBatch.RESPONSES_FIELD_NUMBER
-_BYTES = 2  # the wire type of messages
 
 _TURN_REQUESTS = 64
 """Requests of a batch that are taken up before others have their turn on the event loop."""
@@ -93,7 +93,7 @@ class Session:
         self._outbox.close(DrainingError())
         self._outbox.hurry()
 
-    def put(self, response: pb.StreamResponse, size: int) -> None:
+    def put(self, response: pb.StreamResponse | Written, size: int) -> None:
         """Send a message."""
         self._outbox.put(response, size + MESSAGE_BYTES)
 
@@ -237,7 +237,16 @@ class IdReply:
         """Pass on the response that `new` gave."""
         if final:
             self._draft.final = True
-        self._session.put(self._draft, size)
+        self._put(self._draft, size, final=final)
+
+    def send_written(self, response: Written, *, final: bool) -> None:
+        """Pass on a response that is written already."""
+        around = pb.StreamResponse(id=self._id, final=final).SerializeToString()
+        whole = Written([around, *inside(_NUMBERS[self._field], response)])
+        self._put(whole, whole.size, final=final)
+
+    def _put(self, message: pb.StreamResponse | Written, size: int, *, final: bool) -> None:
+        self._session.put(message, size)
         if final:
             self._session.end(self._id, "OK", "")
         else:
@@ -266,25 +275,12 @@ class IdReply:
         self._session.end(self._id, refusal.code.name, refusal.reason)
 
 
-def _packed(responses: list[pb.StreamResponse]) -> bytes:
-    """A `StreamResponse` with a batch of these, as it travels: a message copied into another costs more than its bytes
-    behind those of others do (https://protobuf.dev/programming-guides/encoding).
-    """
-    parts: list[bytes] = []
+def _packed(responses: list[pb.StreamResponse | Written]) -> Written:
+    """A `StreamResponse` with a batch of these."""
+    pieces: list[bytes] = []
     for response in responses:
-        data = response.SerializeToString()
-        parts += (_opening(_RESPONSES, len(data)), data)
-    return b"".join((_opening(_BATCH, sum(map(len, parts))), *parts))
-
-
-def _opening(field: int, length: int) -> bytes:
-    """What stands before the bytes of a field that is a message of this length."""
-    written = bytearray((field << 3 | _BYTES,))
-    while length > 0x7F:
-        written.append(length & 0x7F | 0x80)
-        length >>= 7
-    written.append(length)
-    return bytes(written)
+        pieces += inside(_RESPONSES, written(response))
+    return Written(inside(_BATCH, Written(pieces)))
 
 
 _KINDS: dict[str, tuple[Callable[..., Any], str, str]] = {
@@ -295,4 +291,5 @@ _KINDS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "score": (SingleExchange, "Score", "score"),
     "open_denoise": (LoopExchange, "DenoiseLoop", "loop"),
 }
+_NUMBERS = {field.name: field.number for field in pb.StreamResponse.DESCRIPTOR.fields}
 """Fields of StreamRequest: what handles them, the method's name, and the field of StreamResponse that answers."""

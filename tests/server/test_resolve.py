@@ -1,11 +1,13 @@
 """Requests become the jobs they mean, and say so: defaults, labels, noise, tables."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 from bundles import LATENT, SHAPE
+from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentd import tensor
@@ -107,6 +109,51 @@ def test_resolving_a_resolved_request_changes_nothing(case: tuple[str, Any], hel
         assert second.job.tables[0] is first.job.tables[0]
         assert second.job.labels.tolist() == first.job.labels.tolist()
         assert second.job.guidance_scale == first.job.guidance_scale
+
+
+def plain(value: Any) -> Any:
+    """What can be compared of plans, all the way down."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value), [plain(getattr(value, each.name)) for each in fields(value)]
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.shape, value.tobytes()
+    if isinstance(value, Message):
+        return value.SerializeToString(deterministic=True)
+    if isinstance(value, Mapping):
+        return [(key, plain(each)) for key, each in value.items()]
+    return [plain(each) for each in value] if isinstance(value, tuple) else value
+
+
+@settings(deadline=None, max_examples=150)
+@given(case=requests, seeds=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=2), promise=st.booleans())
+def test_a_plan_that_was_kept_is_the_plan_that_would_be_made(
+    case: tuple[str, Any], seeds: list[int], promise: bool, held: dict[str, Any]
+) -> None:
+    """Requests that differ in their seed alone, or have none, resolve as if none had come before; so do those whose
+    labels are drawn, and those of models that promise nothing.
+    """
+    name, request = case
+    servable = held[name] if promise else replace(held[name], promise=False)
+    request.ClearField("seed")
+    for fresh in (5, 6):
+        kept = resolve.sample(request, servable, fresh, LIMITS)
+        assert plain(kept) == plain(resolve._sample(request, servable, fresh, LIMITS))
+    for seed in seeds:
+        request.seed = seed
+        kept = resolve.sample(request, servable, 7, LIMITS)
+        assert plain(kept) == plain(resolve._sample(request, servable, 7, LIMITS))
+        assert request.seed == seed
+
+
+def test_what_is_kept_of_plans_is_small(held: dict[str, Any]) -> None:
+    """Neither large requests nor those of many samples are kept: clients could fill the server with them."""
+    resolve._sample_of_any_seed.cache_clear()
+    resolve.sample(pb.SampleRequest(sample_count=1025), held[V], 0, Limits(max_samples=2000))
+    start = pb.StartPoint(samples=images(9), strength=0.5)
+    resolve.sample(pb.SampleRequest(sample_count=9, diffusion=pb.DiffusionOptions(start=start)), held[D], 0, LIMITS)
+    assert resolve._sample_of_any_seed.cache_info().currsize == 0
+    resolve.sample(pb.SampleRequest(sample_count=1024), held[V], 0, LIMITS)
+    assert resolve._sample_of_any_seed.cache_info().currsize == 1
 
 
 @settings(deadline=None, max_examples=100)

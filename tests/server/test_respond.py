@@ -1,6 +1,7 @@
 """What came of a job becomes the answer: element types, groups, posterior draws, reduced scores, costs."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from latentd.v1 import tensor_pb2
 from latentd_server import noise, resolve, respond
 from latentd_server.job import Cost, Finished, Preview
 from latentd_server.noise import Purpose
-from latentd_server.plans import Encoding, Limits, OutputForm, Scoring
+from latentd_server.plans import Encoding, Limits, OutputForm, Sampling, Scoring
 from latentd_server.respond import Gathered
 
 LIMITS = Limits()
@@ -58,6 +59,16 @@ def test_float16_beyond_its_range_is_infinite() -> None:
     assert converted.tolist() == [math.inf, float(np.float16(0.1))]
 
 
+def parsed(plan: Sampling, event: Finished) -> list[pb.SampleResponse]:
+    """The results as a client reads them."""
+    found = []
+    for count, response in respond.results(plan, event):
+        found.append(pb.SampleResponse.FromString(response.SerializeToString()))
+        assert count == len(found[-1].result.sample_indices)
+        assert response.ByteSize() == len(response.SerializeToString())
+    return found
+
+
 def test_results_travel_in_messages_of_about_a_mebibyte(held: dict[str, Any]) -> None:
     """Lanes that finish together are grouped, and big groups are split; each sample is sent once."""
     count = 40
@@ -66,7 +77,7 @@ def test_results_travel_in_messages_of_about_a_mebibyte(held: dict[str, Any]) ->
     latents = np.zeros((count, LATENT), np.float32)
     cost = replace(COST, evaluations=count)
     event = Finished(np.arange(count), {"sample": samples, "z": latents}, cost, last=True)
-    messages = list(respond.results(plan, event, pb.SampleResponse))
+    messages = parsed(plan, event)
     assert [len(message.result.sample_indices) for message in messages] == [3] * 13 + [1]
     sent = [index for message in messages for index in message.result.sample_indices]
     assert sent == list(range(count))
@@ -76,11 +87,31 @@ def test_results_travel_in_messages_of_about_a_mebibyte(held: dict[str, Any]) ->
     assert [m.result.stats.evaluation_count for m in messages] == [3] * 13 + [1], "evaluations are told once"
 
 
+@pytest.mark.parametrize(
+    "lanes", [range(1), range(300), range(2, 5), (1, 0), (0, 2, 1), (0, 0), range(1025)], ids=lambda each: str(each)
+)
+def test_results_are_written_as_protobuf_writes_them(held: dict[str, Any], lanes: Sequence[int]) -> None:
+    """Whatever lanes finish together: the bytes are those of the message that says the same."""
+    plan = resolve.sample(pb.SampleRequest(sample_count=max(lanes) + 1), held[V], 0, Limits(max_samples=2000))
+    samples = np.random.default_rng(0).standard_normal((len(lanes), 3), np.float32)
+    latents = samples[:, :2] + 1
+    event = Finished(np.array(lanes), {"sample": samples, "z": latents}, replace(COST, evaluations=9), last=True)
+    [(_, response)] = respond.results(plan, event)
+    said = pb.SampleResponse()
+    said.result.sample_indices.extend(lanes)
+    tensor.pack(samples, said.result.samples)
+    tensor.pack(latents, said.result.latents)
+    assert plan.labels is not None
+    said.result.class_labels.extend(plan.labels[list(lanes)].tolist())
+    respond.tell(replace(COST, evaluations=9), said.result.stats)
+    assert response.SerializeToString() == said.SerializeToString()
+
+
 def test_diffusion_results_carry_no_latents(held: dict[str, Any]) -> None:
     """There are none: the noise a walk began with is in the seed."""
     plan = resolve.sample(pb.SampleRequest(), held[D], 0, LIMITS)
     event = Finished(np.arange(1), {"sample": np.zeros((1, *SHAPE), np.float32)}, COST, last=True)
-    (message,) = respond.results(plan, event, pb.SampleResponse)
+    (message,) = parsed(plan, event)
     assert not message.result.HasField("latents")
     assert len(message.result.class_labels) == 1
 
