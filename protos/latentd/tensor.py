@@ -53,30 +53,30 @@ def pack(array: NDArray[Any], into: tensor_pb2.Tensor, path: str = "tensor") -> 
     Raises:
         TensorError: as `encode`.
     """
-    into.data = describe(array, into, path).tobytes()
+    dtype = describe(array.dtype, array.shape, into, path)
+    into.data = array.astype(dtype, copy=False).tobytes()
 
 
-def describe(array: NDArray[Any], into: tensor_pb2.Tensor, path: str = "tensor") -> NDArray[Any]:
-    """Fill in all of an empty `Tensor` but its data, which are the bytes of the array returned.
+def describe(
+    dtype: "np.dtype[Any]", shape: tuple[int, ...], into: tensor_pb2.Tensor, path: str = "tensor"
+) -> "np.dtype[Any]":
+    """Fill in all of an empty `Tensor` but its data: the bytes of such an array, as the type that is returned.
 
     Raises:
         TensorError: as `encode`.
     """
-    dtype = array.dtype
+    given = dtype
     data_type = _DATA_TYPES.get(dtype)
     if data_type is None:  # or in the other byte order
         dtype = dtype.newbyteorder("<")
         data_type = _DATA_TYPES.get(dtype)
     if data_type is None:
-        raise TensorError(path, f"element type {array.dtype} is none of {_allowed()}")
-    if array.nbytes > _MAX_BYTES or (not array.size and _span(array.shape, dtype) > _MAX_BYTES):
-        span = _span(array.shape, dtype)
+        raise TensorError(path, f"element type {given} is none of {_allowed()}")
+    if (span := _span(shape, dtype)) > _MAX_BYTES:
         raise TensorError(path, f"spans {span} bytes; a message holds at most {_MAX_BYTES}")
-    if array.dtype is not dtype:
-        array = array.astype(dtype)
     into.data_type = data_type
-    into.shape.extend(array.shape)
-    return array
+    into.shape.extend(shape)
+    return dtype
 
 
 def decode(tensor: tensor_pb2.Tensor, path: str = "tensor") -> NDArray[Any]:

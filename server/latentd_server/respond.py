@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
@@ -27,7 +28,7 @@ from latentd_server.plans import (
     Sampling,
     Scoring,
 )
-from latentd_server.wire import Written, inside
+from latentd_server.wire import Written, inside, opening
 
 Result = generation_service_pb2.SampleResult
 _RESULT = generation_service_pb2.SampleResponse.RESULT_FIELD_NUMBER
@@ -144,10 +145,18 @@ def _first_indices(count: int) -> bytes:
 
 def _tensor(field: int, array: Array) -> list[bytes]:
     """The pieces of a field that is a `Tensor`."""
+    before, dtype = _before_data(field, array.dtype, array.shape)
+    return [before, array.astype(dtype, copy=False).tobytes()]
+
+
+@lru_cache(maxsize=256)
+def _before_data(field: int, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> "tuple[bytes, np.dtype[Any]]":
+    """What stands before the elements of an array in such a field, and the type they have there."""
     head = tensor_pb2.Tensor()
-    data = codec.describe(array, head).tobytes()
-    tensor = [head.SerializeToString(), *inside(tensor_pb2.Tensor.DATA_FIELD_NUMBER, Written([data]))]
-    return inside(field, Written(tensor))
+    dtype = codec.describe(dtype, shape, head)
+    length = math.prod(shape) * dtype.itemsize
+    said = head.SerializeToString() + opening(tensor_pb2.Tensor.DATA_FIELD_NUMBER, length)
+    return opening(field, len(said) + length) + said, dtype
 
 
 def encoded(
