@@ -435,6 +435,100 @@ def test_a_model_that_is_unloaded_is_forgotten() -> None:
     server.submit(steps(50), within_s=1.0)
 
 
+DECODES = ("vae@1", bundle_pb2.Network.ROLE_DECODER)
+
+
+def decoding(wide: bool, *, calls: int = 3) -> Server:
+    """A server whose decoder may have four times the usual rows, or not, and that has timed full calls of it: a second
+    each, whatever they hold, and half of that where they are wide and hold no more than usual.
+    """
+    server = Server()
+    if wide:
+        widen(server, DECODES)
+        for _ in range(calls):
+            server.submit(decode(ROWS))
+            server.run(seconds=0.5)
+    for _ in range(calls):
+        server.submit(decode(4 * ROWS))
+        server.run()
+    return server
+
+
+def widen(server: Server, key: tuple[str, bundle_pb2.Network.Role.ValueType]) -> None:
+    """As the engine does when it takes over a graph."""
+    for books in (server.admission, server.scheduler):
+        books.batch_rows.update({key: 4 * ROWS})
+
+
+@pytest.mark.parametrize(("wide", "calls"), [(True, 1), (False, 4)])
+def test_an_estimate_counts_the_calls_of_a_graphs_own_width(wide: bool, calls: int) -> None:
+    """Rows that fit into one call take one, alone and at the deadline: a little less time is refused, more is not."""
+    server = decoding(wide)
+    job = decode(4 * ROWS)
+    assert server.admission.estimate_s(job, "x", Priority.NORMAL, server.now_s) == pytest.approx(calls, rel=0.02)
+    with pytest.raises(DeadlineUnreachableError, match=f"^{calls} evaluations one after another") as caught:
+        server.submit(job, within_s=0.95 * calls)
+    assert caught.value.estimate_s == pytest.approx(calls, rel=0.02)
+    with pytest.raises(DeadlineUnreachableError, match=f"^{2 * calls} evaluations one after another"):
+        server.submit(decode(7 * ROWS + 1), within_s=1.9 * calls)
+    if not wide:  # calls of its own follow one another, so others may come between them
+        with pytest.raises(DeadlineUnreachableError, match="among the work of others"):
+            server.submit(job, within_s=1.05 * calls)
+    server.submit(job, within_s=1.05 if wide else 1.2 * calls)
+    server.run()
+    assert server.scheduler.expired(server.now_s) == []
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_an_estimate_beside_others_counts_seats_of_a_graphs_own_width(wide: bool) -> None:
+    """Of another's flood a job gets half of every batch, however wide; and its own queue goes before it."""
+    server = decoding(wide)
+    call = 4 * ROWS if wide else ROWS
+    server.submit(decode(100 * call), "other")
+    asked = "mine", Priority.NORMAL, server.now_s
+    assert server.admission.estimate_s(decode(5 * call), *asked) == pytest.approx(10.0, rel=0.05)
+    server.submit(decode(5 * call), "mine")
+    assert server.admission.estimate_s(decode(5 * call), *asked) == pytest.approx(20.0, rel=0.05)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_an_estimate_beside_little_work_counts_calls_of_a_graphs_own_width(wide: bool) -> None:
+    """Beside two calls' worth of another's, and with nobody else to come, five calls' worth is done after seven."""
+    server = decoding(wide)
+    call = 4 * ROWS if wide else ROWS
+    server.submit(decode(2 * call), "other")
+    server.now_s += 60.0
+    estimate_s = server.admission.estimate_s(decode(5 * call), "mine", Priority.NORMAL, server.now_s)
+    assert estimate_s == pytest.approx(7.0, rel=0.05)
+
+
+def test_work_of_a_wide_graph_beside_another_takes_its_few_calls() -> None:
+    """Ten calls of one graph keep a walk on another waiting for ten seconds, not for those of forty usual batches; and
+    the walk's own calls are as wide as usual.
+    """
+    server = decoding(True)
+    server.submit(steps(3, lanes=ROWS))
+    server.run()
+    server.submit(decode(40 * ROWS), "other")
+    for lanes, seconds in ((ROWS, 60.0), (2 * ROWS, 110.0)):
+        estimate_s = server.admission.estimate_s(steps(50, lanes=lanes), "x", Priority.NORMAL, server.now_s)
+        assert estimate_s == pytest.approx(seconds, rel=0.05)
+
+
+def test_the_width_of_a_model_that_is_unloaded_is_forgotten() -> None:
+    """What is loaded under its name afterwards is foreseen with the usual rows; other models keep theirs."""
+    server = decoding(True)
+    widen(server, ("vae@10", bundle_pb2.Network.ROLE_DECODER))
+    server.admission.forget_model("vae@1")
+    server.scheduler.batch_rows.forget("vae@1")
+    for model, calls in (("vae@1", 4), ("vae@10", 1)):
+        for _ in range(3):
+            server.submit(decode(4 * ROWS, model=model))
+            server.run()
+        estimate_s = server.admission.estimate_s(decode(4 * ROWS, model=model), "x", Priority.NORMAL, server.now_s)
+        assert estimate_s == pytest.approx(calls, rel=0.02)
+
+
 def test_costs_follow_the_rows() -> None:
     """Sizes not met lie between those that were; bounds hold for fewer rows and for more."""
     costs = StepCosts()

@@ -442,6 +442,86 @@ def test_a_batch_too_small_for_guidance_is_refused() -> None:
         Scheduler(1)
 
 
+def widened(rows_of_a_batch: int = 4 * ROWS) -> Scheduler:
+    """A scheduler whose decoder of wide@1 has other batches than all other graphs."""
+    scheduler = Scheduler(ROWS)
+    scheduler.batch_rows.update({("wide@1", DECODER): rows_of_a_batch})
+    return scheduler
+
+
+def test_a_graph_may_have_other_batches_than_the_rest() -> None:
+    """More rows or fewer: those of its model's other graphs, and of other models', are the usual ones."""
+    for most in (4 * ROWS, ROWS // 2):
+        scheduler = widened(most)
+        scheduler.add(1, rows(500, model="wide@1"), "x", 0.0)
+        scheduler.add(2, rows(500, model="usual@1"), "x", 0.0)
+        scheduler.add(3, steps(500, 2, model="wide@1"), "x", 0.0)
+        found = {(batch.key[0], batch.key[1] == DECODER, batch.rows) for batch in flood(scheduler, 9)}
+        assert found == {("wide@1", True, most), ("usual@1", True, ROWS), ("wide@1", False, ROWS)}
+
+
+def test_a_wide_batch_is_not_waited_for() -> None:
+    """What there is rides, be it less than the usual batch or more, and all of it at once."""
+    for count in (1, ROWS + 1, 4 * ROWS - 1):
+        scheduler = widened()
+        scheduler.add(1, rows(count, model="wide@1"), "x", 0.0)
+        assert run(scheduler, scheduler.plan(0.0)) == [(1, 0, count, True)]
+
+
+@pytest.mark.parametrize("priorities", [list(Priority)[:1], list(Priority)[:2], list(Priority)], ids=len)
+@pytest.mark.parametrize("callers", [1, 2, 5])
+def test_a_wide_batch_is_shared_as_any_other(priorities: list[Priority], callers: int) -> None:
+    """Classes get its rows by their weights and callers equally, and together they fill it."""
+    scheduler = widened()
+    for priority in priorities:
+        for caller in range(callers):
+            job = len(scheduler)
+            scheduler.add(job, rows(10_000, model="wide@1"), f"{priority}-{caller}", 0.0, priority=priority)
+    batches = flood(scheduler, 21)
+    assert {batch.rows for batch in batches} == {4 * ROWS}
+    found = shared(batches, "priority")
+    weights = sum(priority.weight for priority in priorities)
+    for priority in priorities:
+        assert found[priority] == pytest.approx(21 * 4 * ROWS * priority.weight / weights, abs=2)
+    each = shared(batches, "caller")
+    assert len(each) == len(priorities) * callers
+    for priority in priorities:
+        of_class = [each[f"{priority}-{caller}"] for caller in range(callers)]
+        assert max(of_class) - min(of_class) <= 1
+
+
+@pytest.mark.parametrize("by", ["priority", "caller"])
+def test_who_rode_where_there_was_room_for_all_owes_nothing(by: str) -> None:
+    """More rows than the usual batch has, taken from a wider one that was not full, are no debt to anybody."""
+    scheduler = widened()
+    many, few = (Priority.LOW, Priority.NORMAL) if by == "priority" else (Priority.NORMAL, Priority.NORMAL)
+    for job in range(10):
+        scheduler.add(2 * job, rows(5 * ROWS // 2, model="wide@1"), "many", 0.0, priority=many)
+        scheduler.add(2 * job + 1, rows(1, model="wide@1"), "few", 0.0, priority=few)
+        assert flood(scheduler, 1)[0].rows == 5 * ROWS // 2 + 1
+    scheduler.add(98, rows(500, model="wide@1"), "many", 0.0, priority=many)
+    scheduler.add(99, rows(500, model="wide@1"), "few", 0.0, priority=few)
+    share = 4 * ROWS * many.weight / (many.weight + few.weight)
+    assert riders(scheduler.plan(0.0))[98] == pytest.approx(share, abs=1)
+
+
+def test_a_model_that_is_forgotten_has_the_usual_batches_again() -> None:
+    """All its graphs, at whatever size of samples, and no other model's."""
+    scheduler = widened()
+    sized = ("wide@1", bundle_pb2.Network.ROLE_ENCODER, (4, 4))
+    scheduler.batch_rows.update({("wide@10", DECODER): 3 * ROWS, sized: 2 * ROWS})
+    scheduler.batch_rows.forget("wide@1")
+    for job, model in enumerate(("wide@1", "wide@10")):
+        scheduler.add(job, rows(500, model=model), "x", 0.0)
+    assert {(batch.key[0], batch.rows) for batch in flood(scheduler, 4)} == {("wide@1", ROWS), ("wide@10", 3 * ROWS)}
+    assert scheduler.batch_rows.of(sized) == ROWS
+    scheduler.batch_rows.update({("wide@1", DECODER): 2 * ROWS})
+    assert {(batch.key[0], batch.rows) for batch in flood(scheduler, 4)} == {
+        ("wide@1", 2 * ROWS),
+        ("wide@10", 3 * ROWS),
+    }
+
+
 def test_a_lane_takes_two_rows_inside_its_guidance_interval_only() -> None:
     """What rides, what it costs and what leaving wastes is counted step by step."""
     scheduler = Scheduler(ROWS)
@@ -486,6 +566,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = Scheduler(ROWS, {"b": 3.0, "c": 0.25})
+        self.scheduler.batch_rows.update({("b@1", DECODER): 3 * ROWS})
         self.jobs: dict[int, Job] = {}
         self.lines: dict[int, tuple[str, Priority, str, bool]] = {}  # within one of these, first come first served
         self.evaluated: dict[int, Counter[int]] = {}
@@ -545,7 +626,8 @@ class Machine(RuleBasedStateMachine):
         assert (batch is not None) == bool(able)
         if batch is None:
             return
-        assert 1 <= batch.rows <= ROWS
+        most = 3 * ROWS if batch.key == ("b@1", DECODER) else ROWS
+        assert 1 <= batch.rows <= most
         assert len({segment.entry.key for segment in batch.segments}) == 1
         demand = sum(
             rows_at(self.jobs[j], self.evaluated[j][lane])
@@ -554,7 +636,7 @@ class Machine(RuleBasedStateMachine):
             if not self.finished[j][lane]
             if (self.jobs[j].model, isinstance(self.jobs[j], CallJob)) == (batch.key[0], batch.key[1] == DECODER)
         )
-        assert batch.rows >= min(ROWS - 1, demand), "a row stayed empty while a lane could have ridden"
+        assert batch.rows >= min(most - 1, demand), "a row stayed empty while a lane could have ridden"
         self.check_order(batch, able)
         for segment in batch.segments:
             assert segment.entry.job_id in able

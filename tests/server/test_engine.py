@@ -17,6 +17,7 @@ from latentd.v1 import bundle_pb2
 from latentd_server import engine as engine_module
 from latentd_server import samplers
 from latentd_server.call_runner import CallRunner
+from latentd_server.certificate_cache import CertificateCache
 from latentd_server.engine import Engine
 from latentd_server.failures import (
     DeadlineError,
@@ -26,14 +27,16 @@ from latentd_server.failures import (
     OverloadedError,
     RuntimeFailureError,
 )
+from latentd_server.handover import Command
 from latentd_server.job import CallJob, Event, Failed, Finished, Job, Noise, Preview, Start, StepJob
+from latentd_server.loading import Terms, load
 from latentd_server.metrics import Metrics
 from latentd_server.models import Registry
 from latentd_server.noise import Purpose
 from latentd_server.points import Points
 from latentd_server.runners import Outcome
 from latentd_server.runtime import Device
-from latentd_server.scheduler import Arrival
+from latentd_server.scheduler import Arrival, Batch
 from latentd_server.step_runner import StepRunner
 
 MAX_ROWS = 8
@@ -602,6 +605,61 @@ async def test_a_failed_call_whose_jobs_have_left_says_nothing_of_the_device(roo
             await bench.result(bench.steps("ddim", 1, seed=666))
         assert runner.calls == 10 + number
     await asyncio.wait_for(bench.engine.broken.wait(), 30)
+    await bench.engine.close()
+
+
+class Watching(Points):
+    """Notes the rows of every batch."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def evaluating(self, batch: Batch) -> None:
+        self.rows.append(batch.rows)
+
+
+async def test_a_graph_has_wide_batches_until_it_is_let_go(root: Path) -> None:
+    """At the device and at the door; what comes after it under its name has batches of its own."""
+    usual, wide = (
+        load(root / "tiny-vae" / "1", Terms(Device("cpu"), 1, MAX_ROWS, True, CertificateCache(None), widest_rows=rows))
+        for rows in (0, 32)
+    )
+    key = "tiny-vae@1", bundle_pb2.Network.ROLE_DECODER
+    assert (usual.wide.get(key), wide.wide[key]) == (None, 32)
+    watching = Watching()
+    engine = Engine(Metrics(), max_rows=MAX_ROWS, max_backlog=100_000, points=watching)
+    bench = Bench(engine, Registry(root, engine, Device("cpu"), threads=1, max_rows=MAX_ROWS), Metrics())
+    answers = set()
+    for loaded, rows in ((wide, [32, 8]), (usual, [8] * 5), (wide, [32, 8])):
+        engine.attach(loaded.runners, wide=loaded.wide)
+        assert engine._admission.batch_rows.of(key) == rows[0]
+        answers.add(await bench.result(bench.decode(40, seed=3)))
+        assert watching.rows == rows
+        watching.rows.clear()
+        engine.detach("tiny-vae@1")
+        await until(lambda: not engine._runners)
+        await until(lambda: engine._admission.batch_rows.of(key) == MAX_ROWS)
+    assert len(answers) == 1, "and the same bytes"
+    await engine.close()
+
+
+async def test_jobs_are_gathered_until_they_fill_a_batch_of_their_own_graph(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a job fills of it is told to the hand-over, guided lanes counted twice."""
+    bench = await Bench.start(root)
+    bench.engine._admission.batch_rows.update({("tiny-vae@1", bundle_pb2.Network.ROLE_DECODER): 32})
+    shares: list[float] = []
+    submit = bench.engine._hand_over.submit
+
+    def told(command: Command, share: float, *, alone: bool) -> None:
+        shares.append(share)
+        submit(command, share, alone=alone)
+
+    monkeypatch.setattr(bench.engine._hand_over, "submit", told)
+    for job in (bench.decode(8), bench.decode(40), bench.steps(lanes=4), bench.steps(lanes=6, guidance=2.0)):
+        await bench.result(job)
+    assert shares == [8 / 32, 40 / 32, 4 / MAX_ROWS, 12 / MAX_ROWS]
     await bench.engine.close()
 
 

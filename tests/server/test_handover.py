@@ -100,6 +100,42 @@ def test_a_full_batch_does_not_wait(scene: Scene) -> None:
     assert not scene.taken()
 
 
+@pytest.mark.parametrize(
+    "shares",
+    [(1 / 2, 1 / 2), (1 / 3, 1 / 3, 1 / 3), (1 / 2, 3 / 8, 1 / 8), (0.1,) * 10, (1 / 64,) * 32 + (1 / 512,) * 256],
+    ids=["halves", "thirds", "unequal", "tenths", "of two sizes"],
+)
+def test_shares_of_different_graphs_add_up(scene: Scene, shares: tuple[float, ...]) -> None:
+    """Jobs whose graphs have batches of different sizes are waited for until they fill one together, and not longer;
+    nothing of it counts for those that come after.
+    """
+    for _ in range(2):
+        for share in shares[:-1]:
+            scene.hand_over.submit(command(), share, alone=False)
+            scene.turns(1)
+            assert not scene.taken()
+        scene.hand_over.submit(command(), shares[-1], alone=False)
+        assert not scene.taken(), "what comes in the same turn still rides along"
+        scene.turns(1)
+        assert [len(each) for each in scene.taken()] == [len(shares)]
+    scene.turns(1)
+    assert scene.loop.resting
+
+
+def test_a_job_that_fills_a_batch_or_more_goes_at_once(scene: Scene) -> None:
+    """And takes along those that waited; half of a batch of a graph whose batches are twice as wide is kept."""
+    for share in (1.0, 2.5):
+        scene.hand_over.submit(command(), share, alone=False)
+        scene.turns(1)
+        assert [len(each) for each in scene.taken()] == [1]
+    scene.hand_over.submit(command(), 0.5, alone=False)
+    scene.turns(QUIET_TURNS)
+    assert not scene.taken()
+    scene.hand_over.submit(command(), 1.0, alone=False)
+    scene.turns(1)
+    assert [len(each) for each in scene.taken()] == [2]
+
+
 def test_long_calls_are_not_waited_for(scene: Scene) -> None:
     """Where calls are long a job is handed over at the end of the turn it came in, with all that came in it."""
     scene.hand_over.calls_are_short = False

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.bundles import GENERATOR, TINY_VAE, write
 from bundles import write_all, write_diffusion, write_gan
 from google.protobuf.json_format import MessageToJson, Parse
 from latentd.names import BUNDLE_FILE
@@ -13,10 +14,11 @@ from latentd.v1 import bundle_pb2, model_pb2, model_service_pb2, model_service_p
 from latentd.v1 import generation_service_pb2 as pb
 from latentd_server import loading, resolve
 from latentd_server.bundle import BundleError
-from latentd_server.certificate import Certificate, Trial
+from latentd_server.certificate import Buckets, Certificate, Promise, Trial
 from latentd_server.certificate_cache import CertificateCache
 from latentd_server.engine import Engine
 from latentd_server.failures import OverloadedError
+from latentd_server.graph_cost import row_cost
 from latentd_server.loading import StateRoom, Terms, load, state_room
 from latentd_server.metrics import Metrics
 from latentd_server.models import Registry
@@ -27,8 +29,8 @@ from live import Live, gathered
 Determinism = model_pb2.ModelDeterminism
 
 
-def terms(cache: Path | None = None, *, strict: bool = True) -> Terms:
-    return Terms(Device("cpu"), 1, 8, strict, CertificateCache(cache))
+def terms(cache: Path | None = None, *, strict: bool = True, rows: int = 8, widest: int = 0) -> Terms:
+    return Terms(Device("cpu"), 1, rows, strict, CertificateCache(cache), widest_rows=widest)
 
 
 @pytest.fixture
@@ -114,6 +116,104 @@ def test_rows_that_see_each_other_are_told_of(leaky: Path, caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
         f"tiny-gan@1: {text}"
     ]
+
+
+NET = bundle_pb2.Network
+DECODER, ENCODER, SCORER = NET.ROLE_DECODER, NET.ROLE_ENCODER, NET.ROLE_SCORER
+GAN, GAN_SCORER = ("tiny-gan@1", DECODER), ("tiny-gan@1", SCORER)
+GAN_ROW_BYTES = 4 * 3 + 8 + 4 * 16
+"""A latent, a label and an image."""
+
+
+@pytest.fixture
+def believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every size is taken to give equal bytes, untried."""
+    monkeypatch.setattr(loading, "certify", lambda trial, sizes: Certificate(Promise.BATCHED, Buckets(tuple(sizes))))
+
+
+def test_small_graphs_that_answer_in_one_call_are_certified_in_wide_calls(models_root: Path) -> None:
+    """Up to the widest, and GetModel tells; a denoiser, however small, has the usual ones."""
+    wide: dict[Any, int] = {}
+    for directory in sorted(models_root.glob("*/*")):
+        loaded = load(directory, terms(widest=1024))
+        wide |= loaded.wide
+        said = {graph.file: graph for graph in loaded.servable.model.determinism.graphs}
+        for network in loaded.servable.bundle.networks:
+            rows = 8 if network.role == NET.ROLE_DENOISER else 1024
+            graph = said[network.file]
+            assert graph.promise == Determinism.PROMISE_BATCHED
+            assert max(graph.batch_sizes) == rows
+            assert set(range(1, 9)) <= set(graph.batch_sizes)
+            runner = loaded.runners[loaded.servable.model.name, network.role]
+            assert [runner.padded(size) for size in (1, rows)] == [1, rows]
+    assert wide == dict.fromkeys(
+        [("tiny-vae@1", role) for role in (DECODER, ENCODER, SCORER)] + [GAN, GAN_SCORER], 1024
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "widest", "found"),
+    [
+        *((8, 1024, 1024), (64, 1024, 1024), (12, 1024, 768), (8, 1023, 512), (8, 16, 16), (3, 12, 12)),
+        *((8, 15, None), (8, 8, None), (64, 32, None), (1024, 1024, None), (8, 0, None)),
+    ],
+)
+@pytest.mark.usefixtures("believed")
+def test_wide_calls_are_the_usual_ones_doubled(models_root: Path, rows: int, widest: int, found: int | None) -> None:
+    """As often as the widest allows; where it does not at all, the graph is one of the usual."""
+    loaded = load(models_root / "tiny-gan" / "1", terms(rows=rows, widest=widest))
+    assert loaded.wide.get(GAN) == found
+    assert loaded.runners[GAN].padded(found or rows) == (found or rows)
+
+
+@pytest.mark.parametrize(("too_much", "found"), [(0, 64), (1, 32)])
+@pytest.mark.usefixtures("believed")
+def test_wide_calls_take_no_more_than_a_short_one_and_a_megabyte(
+    models_root: Path, monkeypatch: pytest.MonkeyPatch, too_much: int, found: int
+) -> None:
+    """Counted in multiply-adds and in bytes of inputs and outputs by their types: one too many halves the call."""
+    directory = models_root / "tiny-gan" / "1"
+    cost = row_cost((directory / "decoder.onnx").read_bytes())
+    assert cost is not None
+    for limit, of_a_row in (("_SHORT_CALL", cost), ("_SMALL_CALL_BYTES", GAN_ROW_BYTES)):
+        with monkeypatch.context() as patch:
+            patch.setattr(loading, limit, 64 * of_a_row - too_much)
+            assert load(directory, terms(widest=1024)).wide[GAN] == found
+
+
+@pytest.mark.usefixtures("believed")
+def test_graphs_that_are_not_small_have_the_usual_calls(
+    models_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the limits that are served with, a dense network of 86 thousand products is small, and a convolutional one is
+    not; nor is one whose cost is unknown.
+    """
+    dense, convolutional = (load(write(tmp_path, name), terms(rows=64, widest=1024)) for name in (TINY_VAE, GENERATOR))
+    assert dense.wide == {("tiny-vae@1", DECODER): 1024}
+    assert convolutional.wide == {}
+    monkeypatch.setattr("latentd_server.graph_cost.row_cost", lambda data: None)
+    unknown = load(models_root / "tiny-gan" / "1", terms(widest=1024))
+    assert unknown.wide == {}
+    assert unknown.runners[GAN].padded(8) == 8
+
+
+@pytest.mark.parametrize(("strict", "found"), [(True, {GAN_SCORER}), (False, {GAN, GAN_SCORER})])
+def test_a_graph_whose_rows_see_each_other_has_no_wide_calls(leaky: Path, strict: bool, found: set[Any]) -> None:
+    """Its samples go alone, in batches as usual; where nothing is promised they share wide calls as others do."""
+    loaded = load(leaky / "tiny-gan" / "1", terms(strict=strict, widest=32))
+    assert loaded.wide == dict.fromkeys(found, 32)
+
+
+def test_a_certificate_of_the_usual_calls_is_not_one_of_wide_calls(
+    models_root: Path, trials: list[Certificate], tmp_path: Path
+) -> None:
+    """Whoever kept it tries wide calls once, and finds them again at a restart."""
+    directory = models_root / "tiny-gan" / "1"
+    for widest, tried in ((0, 2), (16, 4), (16, 4), (0, 4)):
+        loaded = load(directory, terms(tmp_path, widest=widest))
+        assert loaded.wide == (dict.fromkeys([GAN, GAN_SCORER], 16) if widest else {})
+        assert loaded.runners[GAN].padded(widest or 8) == (widest or 8)
+        assert len(trials) == tried
 
 
 def walk(seed: int, **fields: Any) -> pb.SampleRequest:
