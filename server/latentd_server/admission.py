@@ -290,15 +290,19 @@ class Admission:
             if not flows:
                 del self._flows[part.key]
 
-    def forget_model(self, model: str) -> None:
-        """Forget what the graphs of a model cost; its last job must be over."""
-        for key in [key for key in self._costs if key[0] == model]:
-            del self._costs[key]
+    def forget_terms(self, model: str) -> None:
+        """Forget on what terms the graphs of a model were attached. Jobs that were given up may end later."""
         for key in [key for key in self._state_lanes if key[0] == model]:
             del self._state_lanes[key]
-            self._lanes.pop(key, None)
+        for key in [key for key, lanes in self._lanes.items() if key[0] == model and not lanes]:
+            del self._lanes[key]
         self.batch_rows.forget(model)
         self._promises.pop(model, None)
+
+    def forget_costs(self, model: str) -> None:
+        """Forget what the graphs of a model cost; the last of their calls must be over."""
+        for key in [key for key in self._costs if key[0] == model]:
+            del self._costs[key]
         self._rates.rows.pop(model, None)
 
     def _weight(self, caller: str) -> float:

@@ -22,7 +22,7 @@ import numpy as np
 
 HOSTILE = (float("nan"), 3e38, 0.0)
 _EVERY_SIZE_TO = 32
-_SIZES_AN_OCTAVE = 16
+_SIZES_AN_OCTAVE, _WIDE_SIZES_AN_OCTAVE = 16, 4
 
 
 class Promise(StrEnum):
@@ -74,12 +74,14 @@ class Trial(Protocol):
         """Make one call of exactly `size` rows with these lanes, and give each one's outputs."""
 
 
-def bucket_sizes(max_rows: int, device_kind: str) -> tuple[int, ...]:
+def bucket_sizes(max_rows: int, device_kind: str, usual_rows: int | None = None) -> tuple[int, ...]:
     """Sizes worth trying, rising, the limit itself among them.
 
-    On the CPU every size up to 32, then sixteen an octave: a row of padding costs as much as any other. A GPU keeps
-    a captured graph for every size and hardly notices padding: powers of two.
+    On the CPU every size up to 32, then sixteen an octave: a row of padding costs as much as any other. Beyond
+    `usual_rows` it is four, for only networks that cost little have such calls, and trying costs more than padding. A
+    GPU keeps a captured graph for every size and hardly notices padding: powers of two.
     """
+    fine_to = max_rows if usual_rows is None else usual_rows
     sizes = {max_rows}
     size = 1
     while size < max_rows:
@@ -89,7 +91,8 @@ def bucket_sizes(max_rows: int, device_kind: str) -> tuple[int, ...]:
         elif size < _EVERY_SIZE_TO:
             size += 1
         else:
-            size += 2 ** (size.bit_length() - 1) // _SIZES_AN_OCTAVE
+            octave = 2 ** (size.bit_length() - 1)
+            size += octave // (_SIZES_AN_OCTAVE if size < fine_to else _WIDE_SIZES_AN_OCTAVE)
     return tuple(sorted(sizes))
 
 

@@ -290,7 +290,9 @@ class Engine:
         self._hand_over.tell(lambda: self._expect(runners, promise, wide))
 
     def detach(self, model: str) -> None:
-        """Let go of a model's graphs; its last job must be over."""
+        """Let go of a model's graphs; its last job must be over, or given up."""
+        with self._admission_lock:  # now: it may be attached anew before the device thread hears of this
+            self._admission.forget_terms(model)
         self._hand_over.tell(lambda: self._let_go(model))
 
     async def close(self) -> None:
@@ -568,7 +570,7 @@ class Engine:
             del self._host_s[key]
         self._scheduler.batch_rows.forget(model)
         with self._admission_lock:
-            self._admission.forget_model(model)
+            self._admission.forget_costs(model)
 
     def _finish(self, runner: Runner, flight: Flight, failures: dict[int, ServingError]) -> list[Outcome]:
         """What a call gave. If that cannot be told, all who rode fail: to run them again would take the step twice."""

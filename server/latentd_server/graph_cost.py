@@ -15,7 +15,7 @@ _ELEMENT_COST = 8
 _ELEMENTWISE = frozenset({
     "Abs", "Add", "And", "BatchNormalization", "Cast", "Ceil", "Clip", "Concat", "Constant",
     "ConstantOfShape", "Div", "Dropout", "Elu", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor",
-    "Gather", "Gelu", "Greater", "GreaterOrEqual", "GroupNormalization", "HardSigmoid", "HardSwish",
+    "Gather", "GatherND", "Gelu", "Greater", "GreaterOrEqual", "GroupNormalization", "HardSigmoid", "HardSwish",
     "Identity", "InstanceNormalization", "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual",
     "Log", "LogSoftmax", "Max", "Min", "Mish", "Mul", "Neg", "Not", "Or", "PRelu", "Pad", "Pow",
     "Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape",
@@ -30,7 +30,7 @@ _Shape = Sequence[int]
 
 
 def row_cost(data: bytes) -> int | None:
-    """Multiply-adds that one row takes, about.
+    """Multiply-adds that one row takes, about; what is done to weights alone is counted with every row.
 
     Args:
         data: A serialized graph whose inputs have the batch as their first, open axis.

@@ -11,7 +11,7 @@ QUIET_TURNS = 32
 calls that arrive together are spread over some."""
 LONGEST_S = 0.004
 """No job waits for others longer than this."""
-_FULL = 0.999  # of a batch: sums of shares are rounded
+_FULL = 1 - 1e-6  # of a batch: sums of shares are rounded
 LONELY = 8
 """Jobs in a row, each submitted while there was no other, after which a caller counts as alone."""
 

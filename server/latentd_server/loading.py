@@ -94,9 +94,10 @@ def load(directory: Path, terms: Terms, served: Mapping[str, Servable] = _NONE) 
         for network in variant.message.networks:
             with compiling():
                 rows = _most_rows(network, variant, terms)
-                runner, trial, graph, data = _prepared(network, variant, rows, terms)
+                sizes_tried = bucket_sizes(rows, terms.device.kind, terms.max_rows)
+                runner, trial, graph, data = _prepared(network, variant, sizes_tried, terms)
                 known = circumstances | {"graph": hashlib.sha256(data).hexdigest(), "latentd": __version__}
-                certificate = _certificate(trial, graph, known, bucket_sizes(rows, terms.device.kind), terms)
+                certificate = _certificate(trial, graph, known, sizes_tried, terms)
             runner.buckets = certificate.buckets
             key = key_of(model.name, network.role, size)
             shape = tuple(state_spec(variant.message.model).shape)
@@ -180,11 +181,11 @@ def _most_rows(network: bundle_pb2.Network, stored: StoredBundle, terms: Terms) 
 
 
 def _prepared(
-    network: bundle_pb2.Network, stored: StoredBundle, rows: int, terms: Terms
+    network: bundle_pb2.Network, stored: StoredBundle, tried: tuple[int, ...], terms: Terms
 ) -> tuple[CallRunner | StepRunner, Trial, CompiledGraph, bytes]:
     """What runs a graph, its trial, the graph on the device, and what was compiled: a denoiser in the step graph."""
     model, data = stored.message.model, stored.graphs[network.role]
-    everything = Buckets(bucket_sizes(rows, terms.device.kind))
+    everything, rows = Buckets(tried), tried[-1]
     if network.role != bundle_pb2.Network.ROLE_DENOISER:
         graph = CompiledGraph(data, terms.device, terms.threads)
         calls = CallRunner(graph, network, everything)

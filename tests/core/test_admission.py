@@ -182,7 +182,7 @@ def test_lanes_that_keep_state_have_room_of_their_own() -> None:
     server.run()
     server.submit(steps(4, lanes=99), "y")  # alone there is always room: it was made for the largest request
     server.run()
-    server.admission.forget_model("a@1")
+    server.admission.forget_terms("a@1")
     server.submit(steps(4, lanes=8))
     server.submit(steps(4, lanes=8))
 
@@ -431,7 +431,7 @@ def test_callers_that_are_paused_stand_for_nobody() -> None:
 def test_a_model_that_is_unloaded_is_forgotten() -> None:
     """What its graphs cost refuses nobody when it comes back."""
     server = measured()
-    server.admission.forget_model("a@1")
+    server.admission.forget_costs("a@1")
     server.submit(steps(50), within_s=1.0)
 
 
@@ -519,7 +519,8 @@ def test_the_width_of_a_model_that_is_unloaded_is_forgotten() -> None:
     """What is loaded under its name afterwards is foreseen with the usual rows; other models keep theirs."""
     server = decoding(True)
     widen(server, ("vae@10", bundle_pb2.Network.ROLE_DECODER))
-    server.admission.forget_model("vae@1")
+    server.admission.forget_terms("vae@1")
+    server.admission.forget_costs("vae@1")
     server.scheduler.batch_rows.forget("vae@1")
     for model, calls in (("vae@1", 4), ("vae@10", 1)):
         for _ in range(3):

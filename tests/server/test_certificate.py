@@ -54,6 +54,17 @@ def test_every_size_is_a_bucket_on_the_cpu() -> None:
     assert all(Buckets(sizes).fit(rows) <= rows * 17 / 16 for rows in range(1, 1001))
 
 
+def test_beyond_the_usual_rows_sizes_are_coarser() -> None:
+    """Only what costs little has calls of so many rows: at most a quarter is padded, and there are few to try."""
+    sizes = bucket_sizes(1024, "cpu", 64)
+    assert sizes[: len(bucket_sizes(64, "cpu"))] == bucket_sizes(64, "cpu")
+    assert sizes[len(bucket_sizes(64, "cpu")) :][:5] == (80, 96, 112, 128, 160)
+    assert sizes[-1] == 1024
+    assert all(Buckets(sizes).fit(rows) <= rows * 5 / 4 for rows in range(1, 1025))
+    assert bucket_sizes(64, "cpu", 64) == bucket_sizes(64, "cpu")
+    assert bucket_sizes(64, "cpu", 8) == (*range(1, 33), 40, 48, 56, 64)
+
+
 def test_buckets_of_a_gpu_are_few() -> None:
     """Powers of two, and the limit."""
     assert bucket_sizes(32, "cuda") == (1, 2, 4, 8, 16, 32)

@@ -643,6 +643,37 @@ async def test_a_graph_has_wide_batches_until_it_is_let_go(root: Path) -> None:
     await engine.close()
 
 
+async def test_a_model_may_come_back_before_the_device_has_let_it_go(root: Path) -> None:
+    """While the device is in a long call a model can be unloaded and loaded anew: its new terms stay."""
+    loaded = load(
+        root / "tiny-vae" / "1", Terms(Device("cpu"), 1, MAX_ROWS, True, CertificateCache(None), widest_rows=32)
+    )
+    key = "tiny-vae@1", bundle_pb2.Network.ROLE_DECODER
+    engine = Engine(Metrics(), max_rows=MAX_ROWS, max_backlog=100_000)
+    bench = Bench(engine, Registry(root, engine, Device("cpu"), threads=1, max_rows=MAX_ROWS), Metrics())
+    engine.attach(loaded.runners, wide=loaded.wide, state_lanes={key: 5})
+    await bench.result(bench.decode(40))
+    long_call = threading.Event()
+    engine._hand_over.tell(lambda: wait_for(long_call))
+    engine.detach("tiny-vae@1")
+    engine.attach(loaded.runners, wide=loaded.wide, state_lanes={key: 5})
+    long_call.set()
+    await bench.result(bench.decode(40))
+    assert engine._admission.batch_rows.of(key) == engine._scheduler.batch_rows.of(key) == 32
+    assert engine._admission._state_lanes == {key: 5}
+    engine.detach("tiny-vae@1")
+    await until(lambda: not engine._runners)
+    assert engine._admission.batch_rows.of(key) == engine._scheduler.batch_rows.of(key) == MAX_ROWS
+    assert not engine._admission._state_lanes
+    assert not engine._admission._costs
+    await engine.close()
+
+
+def wait_for(event: threading.Event) -> None:
+    """Stand for a long call."""
+    assert event.wait(60)
+
+
 async def test_jobs_are_gathered_until_they_fill_a_batch_of_their_own_graph(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
