@@ -23,8 +23,6 @@ from tests.bench.load import STEPS
 from tests.bench.served import Server, drive, server
 
 VAE, DIFFUSION = "digits-vae", "digits-diffusion"
-DEFAULT_ROWS = 64
-"""Of a batch, unless the server is told otherwise."""
 MANY = 32
 """In flight, where step counts are compared."""
 
@@ -35,10 +33,10 @@ class Cell(NamedTuple):
     kind: str
     model: str
     in_flight: int
-    max_rows: int = DEFAULT_ROWS
+    max_rows: int = 0  # of a batch; 0 leaves it to the server
 
     def __str__(self) -> str:
-        wide = "" if self.max_rows == DEFAULT_ROWS else f":{self.max_rows}"
+        wide = f":{self.max_rows}" if self.max_rows else ""
         return f"{self.kind}:{self.model}:{self.in_flight}{wide}"
 
 
@@ -47,9 +45,9 @@ CELLS = (
     Cell("stream-decode", bundles.TINY_VAE, 1),
     Cell("stream-decode", bundles.TINY_VAE, 32),
     Cell("sample-256", bundles.TINY_VAE, 1),
-    Cell("sample-256", bundles.TINY_VAE, 1, 256),
-    Cell("sample-256", bundles.TINY_VAE, 8, 256),
-    Cell("stream-sample-256", bundles.TINY_VAE, 8, 256),
+    Cell("sample-256", bundles.TINY_VAE, 8),
+    Cell("stream-sample-256", bundles.TINY_VAE, 8),
+    Cell("stream-sample-256", bundles.TINY_VAE, 32),
     Cell("decode-16", bundles.GENERATOR, 32),
     Cell("stream-decode-16", bundles.GENERATOR, 32),
     Cell("stream-decode-16", bundles.GENERATOR, 32, 256),
@@ -63,7 +61,7 @@ CELLS = (
     Cell("stream-sample", DIFFUSION, 32),
     Cell("stream-mix", DIFFUSION, 32),
 )
-NAIVE = (CELLS[0], Cell("sample-256", bundles.TINY_VAE, 1, 256), Cell("sample-256", bundles.TINY_VAE, 8, 256))
+NAIVE = (CELLS[0], Cell("sample-256", bundles.TINY_VAE, 1), Cell("sample-256", bundles.TINY_VAE, 8))
 """Loads that plain handlers get too."""
 _IDLE_S = 2.0
 
@@ -117,7 +115,7 @@ def run(to: Server, cells: list[Cell], loops: dict[str, bare.Loop], seconds: flo
         found["ratio"] = found["rows_per_second"] / found["bare_per_second"]
         found["cpu_ratio"] = found["rows_per_server_cpu_second"] / found["bare_per_cpu_second"]
         lanes = cell.in_flight * found["rows"] // found["requests"]
-        found["fill"] = found["mean_batch_rows"] / min(lanes, cell.max_rows)
+        found["fill"] = found["mean_batch_rows"] / min(lanes, to.largest_batch(cell.model))
         measured.append(found)
         print(
             f"{cell.kind:<18}{cell.model:<18}{cell.in_flight:>10}{found['rows_per_second']:>11,.0f}"
@@ -217,8 +215,9 @@ def main() -> int:
         report["cells"] = []
         for max_rows in sorted({cell.max_rows for cell in cells}):
             with server(models, options.threads, "--max-batch-rows", str(max_rows)) as to:
-                print(f"\nbatches of up to {max_rows} rows")
-                if max_rows == DEFAULT_ROWS:
+                most = f"of up to {max_rows} rows" if max_rows else "as large as the server makes them"
+                print(f"\nbatches {most}")
+                if not max_rows:
                     report["rest"] = rest(to)
                 own = [cell for cell in cells if cell.max_rows == max_rows]
                 report["cells"] += run(to, own, loops, options.seconds)

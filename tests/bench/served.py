@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from latentd.v1 import model_service_pb2, model_service_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 
@@ -36,6 +37,13 @@ class Server:
         """Memory it holds (VmRSS)."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
+
+    def largest_batch(self, model: str) -> int:
+        """Rows of the largest call of any of a model's graphs."""
+        with grpc.insecure_channel(self.address) as channel:
+            stub = model_service_pb2_grpc.ModelServiceStub(channel)
+            found = stub.GetModel(model_service_pb2.GetModelRequest(name=model)).model
+        return max(max(graph.batch_sizes) for graph in found.determinism.graphs)
 
     def counted(self, model: str) -> dict[str, float]:
         """Totals of the batches of a model, over its graphs, by the name of the sample; zeros if it keeps none."""
