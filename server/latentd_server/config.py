@@ -72,7 +72,7 @@ def _caller_weights(value: object) -> object:
 
 Address = Annotated[str, AfterValidator(_address)]
 OptionalAddress = Annotated[str, AfterValidator(_optional_address)]
-BatchRows = Annotated[int, AfterValidator(_batch_rows)]
+RowCount = Annotated[int, AfterValidator(_batch_rows)]
 CallerWeights = Annotated[dict[str, Annotated[float, Field(ge=0.001, le=1000)]], BeforeValidator(_caller_weights)]
 
 
@@ -126,12 +126,12 @@ class Config(BaseModel):
         "done; 0 is never",
     )
     threads: int = Field(0, ge=0, le=1024, description="threads of one network call on the CPU; 0 takes all cores")
-    max_batch_rows: BatchRows = Field(
+    max_batch_rows: RowCount = Field(
         0,
         ge=0,
         le=4096,
-        description="rows of one network call; a guided sample takes two. 0 is 64, and up to 1024 of networks so small "
-        "that a call then takes about a millisecond",
+        description="rows of one network call; a guided sample takes two. 0 is 64, and up to 1024 of one-shot networks "
+        "so small that such a call takes some milliseconds at most",
     )
     max_backlog: int = Field(
         1_000_000, ge=1, description="evaluations that may be accepted and not yet run; more are refused"

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _NONE: Mapping[str, Servable] = {}
 
 _SHORT_CALL = 100_000_000
-"""Multiply-adds that one core does in about a millisecond."""
+"""Multiply-adds that one core does in some milliseconds at most."""
 _SMALL_CALL_BYTES = 2**20
 """Of inputs and outputs, of a call that is wider than others."""
 
@@ -94,17 +94,18 @@ def load(directory: Path, terms: Terms, served: Mapping[str, Servable] = _NONE) 
         for network in variant.message.networks:
             with compiling():
                 rows = _most_rows(network, variant, terms)
-                sizes_tried = bucket_sizes(rows, terms.device.kind, terms.max_rows)
-                runner, trial, graph, data = _prepared(network, variant, sizes_tried, terms)
-                known = circumstances | {"graph": hashlib.sha256(data).hexdigest(), "latentd": __version__}
-                certificate = _certificate(trial, graph, known, sizes_tried, terms)
-            runner.buckets = certificate.buckets
+                runner, certificate = _certified(network, variant, rows, circumstances, terms)
+                usual = bucket_sizes(terms.max_rows, terms.device.kind)
+                if rows > terms.max_rows and not set(usual) <= set(certificate.buckets.sizes):
+                    # Large calls give other bytes than small ones, or see each other's rows: they are not worth that.
+                    rows = terms.max_rows
+                    runner, certificate = _certified(network, variant, rows, circumstances, terms)
             key = key_of(model.name, network.role, size)
             shape = tuple(state_spec(variant.message.model).shape)
             if isinstance(runner, StepRunner) and (lanes := state_room(terms, shape).lanes):
                 state_lanes[key] = lanes
             runners[key] = Alone(runner) if certificate.promise is Promise.ALONE else runner
-            if rows > terms.max_rows and certificate.promise is not Promise.ALONE:
+            if rows > terms.max_rows:
                 wide[key] = rows
             label = network.file if size is None else f"{network.file} at {sizes.text(size)}"
             certificates[label] = certificate
@@ -178,6 +179,18 @@ def _most_rows(network: bundle_pb2.Network, stored: StoredBundle, terms: Terms) 
     while 2 * rows <= most:
         rows *= 2
     return rows
+
+
+def _certified(
+    network: bundle_pb2.Network, stored: StoredBundle, rows: int, circumstances: Mapping[str, str], terms: Terms
+) -> tuple[CallRunner | StepRunner, Certificate]:
+    """What runs a graph, in the sizes up to so many rows that it may be called with."""
+    tried = bucket_sizes(rows, terms.device.kind, terms.max_rows)
+    runner, trial, graph, data = _prepared(network, stored, tried, terms)
+    known = {**circumstances, "graph": hashlib.sha256(data).hexdigest(), "latentd": __version__}
+    certificate = _certificate(trial, graph, known, tried, terms)
+    runner.buckets = certificate.buckets
+    return runner, certificate
 
 
 def _prepared(

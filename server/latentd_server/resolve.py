@@ -93,12 +93,25 @@ def sample(
     request: generation_service_pb2.SampleRequest, servable: Servable, fresh_seed: int, limits: Limits
 ) -> Sampling:
     """Resolve Sample; `fresh_seed`, a number nobody else has, is used where the request has none."""
-    alike = None
-    if 0 <= request.sample_count <= _MOST_KEPT_SAMPLES and request.ByteSize() <= _MOST_KEPT_BYTES:
-        alike = _sample_of_any_seed(_without_seed(request), servable, limits)
-    if alike is None:
+    if not _hangs_on_its_seed_for_noise_alone(request, servable):
         return _sample(request, servable, fresh_seed, limits)
+    alike = _sample_of_any_seed(_without_seed(request), servable, limits)
     return _with_seed(alike, request.seed if request.HasField("seed") else fresh_seed)
+
+
+def _hangs_on_its_seed_for_noise_alone(request: generation_service_pb2.SampleRequest, servable: Servable) -> bool:
+    """Whether the plan of a request is worth keeping: it is small, another like it may come, and with another seed it
+    has the same labels, jobs and class.
+    """
+    return (
+        0 <= request.sample_count <= _MOST_KEPT_SAMPLES
+        and request.ByteSize() <= _MOST_KEPT_BYTES
+        and not request.first_sample_index  # who goes through samples asks for each of them once
+        and not request.condition.codes
+        and (has_label(request.condition) or not servable.model.class_names)
+        and servable.decoder is None
+        and servable.promise
+    )
 
 
 def _without_seed(request: generation_service_pb2.SampleRequest) -> bytes:
@@ -109,13 +122,13 @@ def _without_seed(request: generation_service_pb2.SampleRequest) -> bytes:
 
 
 @lru_cache(maxsize=256)
-def _sample_of_any_seed(request: bytes, servable: Servable, limits: Limits) -> Sampling | None:
-    """Most requests are like one before but for their seed; None where more than the noise hangs on that."""
-    asked = generation_service_pb2.SampleRequest.FromString(request)
-    plan = _sample(asked, servable, 0, limits)
-    labels_are_drawn = plan.labels is not None and not has_label(asked.condition)
-    is_reusable = servable.promise and not labels_are_drawn and plan.job.then is None
-    return plan if is_reusable else None
+def _sample_of_any_seed(request: bytes, servable: Servable, limits: Limits) -> Sampling:
+    """Most requests are like one before but for their seed."""
+    plan = _sample(generation_service_pb2.SampleRequest.FromString(request), servable, 0, limits)
+    for shared in (plan.job.sample_indices, plan.labels):
+        if shared is not None:
+            shared.setflags(write=False)  # it is many requests' from here on
+    return plan
 
 
 def _with_seed(plan: Sampling, seed: int) -> Sampling:

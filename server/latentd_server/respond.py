@@ -155,7 +155,9 @@ def _before_data(field: int, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> 
     head = tensor_pb2.Tensor()
     dtype = codec.describe(dtype, shape, head)
     length = math.prod(shape) * dtype.itemsize
-    said = head.SerializeToString() + opening(tensor_pb2.Tensor.DATA_FIELD_NUMBER, length)
+    said = head.SerializeToString()
+    if length:
+        said += opening(tensor_pb2.Tensor.DATA_FIELD_NUMBER, length)
     return opening(field, len(said) + length) + said, dtype
 
 

@@ -66,7 +66,9 @@ class Session:
         )
 
     async def run(
-        self, requests: AsyncIterator[pb.StreamRequest | Junk], write: Callable[[pb.StreamResponse], Awaitable[None]]
+        self,
+        requests: AsyncIterator[pb.StreamRequest | Junk],
+        write: Callable[[pb.StreamResponse | Written], Awaitable[None]],
     ) -> None:
         """Serve the stream until both sides are done with it.
 
@@ -283,6 +285,8 @@ def _packed(responses: list[pb.StreamResponse | Written]) -> Written:
     return Written(inside(_BATCH, Written(pieces)))
 
 
+_NUMBERS = {field.name: field.number for field in pb.StreamResponse.DESCRIPTOR.fields}
+
 _KINDS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "sample": (SampleExchange, "Sample", "sample"),
     "encode": (SingleExchange, "Encode", "encode"),
@@ -291,5 +295,4 @@ _KINDS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "score": (SingleExchange, "Score", "score"),
     "open_denoise": (LoopExchange, "DenoiseLoop", "loop"),
 }
-_NUMBERS = {field.name: field.number for field in pb.StreamResponse.DESCRIPTOR.fields}
 """Fields of StreamRequest: what handles them, the method's name, and the field of StreamResponse that answers."""

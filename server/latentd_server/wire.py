@@ -37,7 +37,13 @@ def inside(field: int, message: Written) -> list[bytes]:
 
 
 def opening(field: int, length: int) -> bytes:
-    """What stands before the bytes of such a field; its number is below 16."""
+    """What stands before the bytes of such a field.
+
+    Raises:
+        ValueError: its number takes more than a byte: it is above 15.
+    """
+    if not 0 < field < 16:
+        raise ValueError(f"a field's number must be from 1 to 15 here; got {field}")
     started = bytearray((field << 3 | _BYTES,))
     while length > 0x7F:
         started.append(length & 0x7F | 0x80)

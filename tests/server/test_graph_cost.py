@@ -10,7 +10,7 @@ import pytest
 from bench.bundles import GENERATOR, TINY_VAE, write
 from latentd_server import loading
 from latentd_server.app import WIDEST_ROWS
-from latentd_server.graph_cost import _ELEMENT_COST, _LARGE_BYTES, row_cost
+from latentd_server.graph_cost import _LARGE_BYTES, _PRICES, row_cost
 from onnx import TensorProto, helper, numpy_helper
 
 Shapes = dict[str, tuple[int | str, ...]]
@@ -48,74 +48,70 @@ def graph(
     )
 
 
-def cost(products: int, elements: int) -> int:
-    """Of products, and of elements that are written."""
-    return products + _ELEMENT_COST * elements
+def cost(products: int, **elements: int) -> int:
+    """Of products, and of what other operators do to so many elements."""
+    return products + sum(_PRICES[name] * count for name, count in elements.items())
 
 
 IMAGE: Shapes = {"x": (4, 8, 8)}
 COUNTED = {
-    "matmul": (graph([node("MatMul", "x", "w")], {"x": (3,)}, {"w": weight(3, 5)}), cost(15, 5)),
-    "matmul of rows": (graph([node("MatMul", "x", "w")], {"x": (7, 3)}, {"w": weight(3, 5)}), cost(7 * 15, 35)),
-    "matmul of two inputs": (graph([node("MatMul", "x", "y")], {"x": (7, 3), "y": (3, 5)}), cost(7 * 15, 35)),
+    "matmul": (graph([node("MatMul", "x", "w")], {"x": (3,)}, {"w": weight(3, 5)}), cost(15)),
+    "matmul of rows": (graph([node("MatMul", "x", "w")], {"x": (7, 3)}, {"w": weight(3, 5)}), cost(7 * 15)),
     "gemm": (
         graph([node("Gemm", "x", "w", "bias")], {"x": (3,)}, {"w": weight(3, 5), "bias": weight(5)}),
-        cost(15, 5),
+        cost(15),
     ),
-    "gemm with transB": (graph([node("Gemm", "x", "w", transB=1)], {"x": (3,)}, {"w": weight(5, 3)}), cost(15, 5)),
+    "gemm with transB": (graph([node("Gemm", "x", "w", transB=1)], {"x": (3,)}, {"w": weight(5, 3)}), cost(15)),
     "gemm with transA": (
         graph(
-            [node("Reshape", "x", "shape", out="b"), node("Gemm", "w", "b", transA=1)],
+            [node("Reshape", "x", "shape", out="b"), node("Gemm", "b", "w", transA=1)],
             {"x": (15,)},
             {"w": weight(3, 4), "shape": np.array([3, 5])},
         ),
-        cost(4 * 3 * 5, 15 + 20),
+        cost(5 * 4 * 3, Reshape=15),
     ),
     "gemm with transA off": (
         graph(
-            [node("Reshape", "x", "shape", out="b"), node("Gemm", "w", "b", transA=0)],
+            [node("Reshape", "x", "shape", out="b"), node("Gemm", "b", "w", transA=0)],
             {"x": (15,)},
-            {"w": weight(4, 3), "shape": np.array([3, 5])},
+            {"w": weight(5, 4), "shape": np.array([3, 5])},
         ),
-        cost(4 * 3 * 5, 15 + 20),
+        cost(3 * 4 * 5, Reshape=15),
     ),
     "conv": (
         graph([node("Conv", "x", "w", "b", pads=[1] * 4)], IMAGE, {"w": weight(6, 4, 3, 3), "b": weight(6)}),
-        cost(6 * 64 * 36, 6 * 64),
+        cost(6 * 64 * 36),
     ),
     "conv with a stride": (
         graph([node("Conv", "x", "w", pads=[1] * 4, strides=[2, 2])], IMAGE, {"w": weight(6, 4, 3, 3)}),
-        cost(6 * 16 * 36, 6 * 16),
-    ),
-    "conv in groups": (
-        graph([node("Conv", "x", "w", group=2)], IMAGE, {"w": weight(6, 2, 3, 3)}),
-        cost(6 * 36 * 18, 6 * 36),
+        cost(6 * 16 * 36),
     ),
     "conv transposed": (
         graph([node("ConvTranspose", "x", "w", strides=[2, 2])], IMAGE, {"w": weight(4, 3, 2, 2)}),
-        cost(4 * 64 * 12, 3 * 256),
+        cost(4 * 64 * 12),
     ),
-    "conv transposed in groups": (
-        graph([node("ConvTranspose", "x", "w", strides=[2, 2], group=2)], IMAGE, {"w": weight(4, 3, 2, 2)}),
-        cost(4 * 64 * 12, 6 * 256),
-    ),
-    "elementwise": (graph([node("Relu", "x")], {"x": (7,)}), cost(0, 7)),
+    "elementwise": (graph([node("Relu", "x")], {"x": (7,)}), cost(0, Relu=7)),
     "several outputs": (
         graph(
             [helper.make_node("Split", ["x", "parts"], ["out", "rest"], axis=1)],
             {"x": (7,)},
             {"parts": np.array([5, 2])},
         ),
-        cost(0, 7),
+        cost(0, Split=7),
     ),
     "inputs that are left out": (
         graph([node("Clip", "x", "", "high")], {"x": (7,)}, {"high": np.float32(1)}),
-        cost(0, 7),
+        cost(0, Clip=7),
     ),
     "labels of one element": (
         graph([node("Gather", "table", "y")], {"y": ()}, {"table": weight(10, 6)}, integers="y"),
-        cost(0, 6),
+        cost(0, Gather=6),
     ),
+    "more read than written": (
+        graph([node("ReduceSum", "x", "axis")], {"x": (10_000,)}, {"axis": np.array([1])}),
+        cost(0, ReduceSum=10_000),
+    ),
+    "functions that take their time": (graph([node("Softplus", "x")], {"x": (7,)}), 600 * 7),
     "layers add up": (
         graph(
             [
@@ -127,19 +123,19 @@ COUNTED = {
             {"x": (3,)},
             {"w": weight(3, 5), "v": weight(5, 2)},
         ),
-        cost(15 + 10, 5 + 5 + 2 + 2),
+        cost(15 + 10, Relu=5, Tanh=2),
     ),
     "a shape made from the batch's": (
         graph(
             [
                 node("Shape", "x", out="n", end=1),
                 node("Concat", "n", "four", out="shape", axis=0),
-                node("Expand", "one", "shape"),
+                node("ConstantOfShape", "shape"),
             ],
             {"x": (3,)},
-            {"four": np.array([4]), "one": weight(1, 4)},
+            {"four": np.array([4])},
         ),
-        cost(0, 1 + 2 + 4),
+        cost(0, Shape=3, Concat=2, ConstantOfShape=4),
     ),
 }
 
@@ -180,14 +176,17 @@ UNKNOWN = {
     "open axes": graph([node("Relu", "x")], {"x": (1, "height", "width")}),
     "a shape that is told in a call": graph(
         [
-            node("ReduceMax", "y", out="shape", keepdims=0),
-            node("Reshape", "shape", "minus", out="list"),
+            node("Reshape", "y", "minus", out="list"),
             node("ConstantOfShape", "list"),
         ],
         {"y": (1,)},
         {"minus": np.array([-1])},
         integers="y",
     ),
+    "a product of two inputs": graph([node("MatMul", "x", "y")], {"x": (7, 3), "y": (3, 5)}),
+    "channels in groups": graph([node("Conv", "x", "w", group=2)], IMAGE, {"w": weight(6, 2, 3, 3)}),
+    "transposed in groups": graph([node("ConvTranspose", "x", "w", group=2)], IMAGE, {"w": weight(4, 3, 2, 2)}),
+    "a node that lacks an input": graph([node("Conv", "x")], IMAGE, outputs={"out": (6, 6, 6)}),
     "shapes that do not fit": graph([node("MatMul", "x", "w")], {"x": (3,)}, {"w": weight(4, 5)}),
 }
 
@@ -207,7 +206,7 @@ def test_graphs_of_more_than_four_mebibytes_are_not_looked_at() -> None:
     )
     assert _LARGE_BYTES == 4 * 2**20
     assert len(below) < _LARGE_BYTES < len(above)
-    assert row_cost(below) == cost(0, 1024)
+    assert row_cost(below) == cost(0, Gather=1024)
     assert row_cost(above) is None
 
 
@@ -236,8 +235,8 @@ def test_the_networks_of_the_benchmark_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_every_network_of_the_tiny_bundles_is_counted(models_root: Path) -> None:
-    """Decoders, encoders, scorers and denoisers of every family; none costs more than a few thousand multiply-adds."""
+    """Decoders, encoders, scorers and denoisers of every family; none costs much."""
     paths = sorted(models_root.glob("*/*/*.onnx"))
     costs = {f"{path.parts[-3]}/{path.name}": row_cost(path.read_bytes()) for path in paths}
     assert len(costs) == 6
-    assert all(found is not None and 0 < found < 5000 for found in costs.values()), costs
+    assert all(found is not None and 0 < found < 50_000 for found in costs.values()), costs

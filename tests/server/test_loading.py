@@ -1,7 +1,8 @@
 """What is found out about a model when it is loaded, what is promised of it, and what is kept of that."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,26 @@ def test_graphs_that_are_not_small_have_the_usual_calls(
     unknown = load(models_root / "tiny-gan" / "1", terms(widest=1024))
     assert unknown.wide == {}
     assert unknown.runners[GAN].padded(8) == 8
+
+
+@pytest.mark.parametrize("lost", [(1,), (5, 8), tuple(range(1, 9))], ids=str)
+def test_a_graph_whose_wide_calls_differ_from_the_usual_ones_keeps_those(
+    lost: tuple[int, ...], models_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row must not take a call of hundreds because large calls give other bytes."""
+    tried = []
+
+    def certify(trial: Trial, sizes: Sequence[int]) -> Certificate:
+        tried.append(sizes[-1])
+        steady = tuple(size for size in sizes if sizes[-1] == 8 or size not in lost)
+        return Certificate(Promise.BATCHED, Buckets(steady), (steady,))
+
+    monkeypatch.setattr(loading, "certify", certify)
+    loaded = load(models_root / "tiny-gan" / "1", replace(terms(), widest_rows=1024))
+    assert tried == [1024, 8] * 2
+    assert loaded.wide == {}
+    graphs = loaded.servable.model.determinism.graphs
+    assert [tuple(graph.batch_sizes) for graph in graphs] == [tuple(range(1, 9))] * 2
 
 
 @pytest.mark.parametrize(("strict", "found"), [(True, {GAN_SCORER}), (False, {GAN, GAN_SCORER})])

@@ -145,15 +145,38 @@ def test_a_plan_that_was_kept_is_the_plan_that_would_be_made(
         assert request.seed == seed
 
 
-def test_what_is_kept_of_plans_is_small(held: dict[str, Any]) -> None:
-    """Neither large requests nor those of many samples are kept: clients could fill the server with them."""
-    resolve._sample_of_any_seed.cache_clear()
-    resolve.sample(pb.SampleRequest(sample_count=1025), held[V], 0, Limits(max_samples=2000))
-    start = pb.StartPoint(samples=images(9), strength=0.5)
-    resolve.sample(pb.SampleRequest(sample_count=9, diffusion=pb.DiffusionOptions(start=start)), held[D], 0, LIMITS)
-    assert resolve._sample_of_any_seed.cache_info().currsize == 0
-    resolve.sample(pb.SampleRequest(sample_count=1024), held[V], 0, LIMITS)
-    assert resolve._sample_of_any_seed.cache_info().currsize == 1
+LABEL = pb.Condition(class_label=1)
+NOT_KEPT = {
+    "many samples": (V, pb.SampleRequest(sample_count=1025, condition=LABEL)),
+    "many bytes": (
+        D,
+        pb.SampleRequest(
+            sample_count=9,
+            condition=LABEL,
+            diffusion=pb.DiffusionOptions(start=pb.StartPoint(samples=images(9), strength=0.5)),
+        ),
+    ),
+    "samples further on": (V, pb.SampleRequest(sample_count=4, first_sample_index=4, condition=LABEL)),
+    "labels to be drawn": (V, pb.SampleRequest(sample_count=4)),
+}
+
+
+@pytest.mark.parametrize("why", NOT_KEPT)
+def test_plans_are_kept_where_that_pays(why: str, held: dict[str, Any]) -> None:
+    """Those that others will want, and small ones: clients could fill the server with large ones."""
+    name, request = NOT_KEPT[why]
+    limits = Limits(max_samples=2000)
+    cached = resolve._sample_of_any_seed
+    cached.cache_clear()
+    resolve.sample(request, held[name], 0, limits)
+    for servable in (replace(held[V], promise=False), replace(held[V], decoder=held[V])):
+        resolve.sample(pb.SampleRequest(sample_count=4, condition=LABEL), servable, 0, limits)
+    assert cached.cache_info()[:2] == (0, 0)
+    for seed in range(3):
+        plan = resolve.sample(pb.SampleRequest(sample_count=1024, seed=seed, condition=LABEL), held[V], 0, limits)
+        assert plan.job.seed == plan.resolved_request.seed == seed
+        assert not plan.job.sample_indices.flags.writeable
+    assert cached.cache_info()[:2] == (2, 1)
 
 
 @settings(deadline=None, max_examples=100)
