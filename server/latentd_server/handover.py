@@ -10,7 +10,9 @@ QUIET_TURNS = 32
 """Turns of the event loop without another job after which no more are expected. gRPC accepts a call every few turns, so
 calls that arrive together are spread over some."""
 LONGEST_S = 0.004
-"""No job waits for others longer than this."""
+"""No job waits for others longer than this, unless they come close behind one another."""
+BUSY_TURNS, BUSIEST_S = 8, 0.016
+"""With so few turns between jobs the event loop has hardly time for anything else: they may gather for that long."""
 _FULL = 1 - 1e-6  # of a batch: sums of shares are rounded
 LONELY = 8
 """Jobs in a row, each submitted while there was no other, after which a caller counts as alone."""
@@ -69,7 +71,8 @@ class HandOver:
         if self._turns_left and self.calls_are_short and self._lonely < LONELY:
             self._turns_left = QUIET_TURNS if self._jobs > self._jobs_seen else self._turns_left - 1
             self._jobs_seen = self._jobs
-            if self._clock() - self._since_s < LONGEST_S:
+            is_busy = self._turns_left > QUIET_TURNS - BUSY_TURNS
+            if self._clock() - self._since_s < (BUSIEST_S if is_busy else LONGEST_S):
                 self._loop.call_soon(self._turn)
                 return
         commands, self._commands, self._jobs, self._filled = self._commands, [], 0, 0.0

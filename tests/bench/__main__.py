@@ -101,7 +101,7 @@ def run(to: Server, cells: list[Cell], loops: dict[str, bare.Loop], seconds: flo
     """Every load, a line each. The bare loop is measured just before and just after: the machine's speed changes."""
     print(
         f"{'load':<18}{'model':<18}{'in flight':>10}{'samples/s':>11}{'bare':>11}{'of bare':>9}{'per CPU s':>11}"
-        f"{'CPU us/req':>12}{'rows':>6}{'fill':>6}{'p50 ms':>9}"
+        f"{'CPU us/req':>12}{'rows':>8}{'fill':>6}{'p50 ms':>9}"
     )
     measured = []
     for cell in cells:
@@ -120,7 +120,7 @@ def run(to: Server, cells: list[Cell], loops: dict[str, bare.Loop], seconds: flo
         print(
             f"{cell.kind:<18}{cell.model:<18}{cell.in_flight:>10}{found['rows_per_second']:>11,.0f}"
             f"{found['bare_per_second']:>11,.0f}{found['ratio']:>9.2f}{found['cpu_ratio']:>11.2f}{found['server_cpu_us_per_request']:>12,.0f}"
-            f"{found['mean_batch_rows']:>6.1f}{found['fill']:>6.2f}{found['p50_ms']:>9.2f}",
+            f"{found['mean_batch_rows']:>8.1f}{found['fill']:>6.2f}{found['p50_ms']:>9.2f}",
             flush=True,
         )
     return measured

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from latentd_server.handover import LONELY, LONGEST_S, QUIET_TURNS, Command, HandOver
+from latentd_server.handover import BUSIEST_S, BUSY_TURNS, LONELY, LONGEST_S, QUIET_TURNS, Command, HandOver
 
 FULL = 100
 """Lanes that fill a batch."""
@@ -77,14 +77,18 @@ def test_jobs_that_follow_each_other_closely_ride_together(scene: Scene) -> None
     assert scene.loop.resting
 
 
-def test_no_job_waits_longer_than_the_bound(scene: Scene) -> None:
-    """Jobs that never stop coming do not hold back the first."""
-    scene.hand_over.submit(command(), 1 / FULL, alone=False)
-    scene.turns(1)
-    scene.now_s += LONGEST_S
-    scene.hand_over.submit(command(), 1 / FULL, alone=False)
-    scene.turns(1)
-    assert [len(each) for each in scene.taken()] == [2]
+@pytest.mark.parametrize(("turns_between", "longest_s"), [(BUSY_TURNS - 1, BUSIEST_S), (BUSY_TURNS + 1, LONGEST_S)])
+def test_no_job_waits_longer_than_the_bound(scene: Scene, turns_between: int, longest_s: float) -> None:
+    """Jobs that never stop coming do not hold back the first; close behind one another they may gather for longer."""
+    step_s = longest_s / 10
+    gathered = 0
+    while not (taken := scene.taken()):
+        scene.hand_over.submit(command(), 1 / 10**6, alone=False)
+        gathered += 1
+        scene.turns(turns_between)
+        scene.now_s += step_s
+    assert [len(each) for each in taken] == [gathered]
+    assert longest_s <= scene.now_s <= longest_s + 2 * step_s
 
 
 def test_a_full_batch_does_not_wait(scene: Scene) -> None:
