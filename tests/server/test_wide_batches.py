@@ -1,7 +1,7 @@
 """A server with no `--max-batch-rows`: small networks that answer in one call have far wider batches than others."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +109,24 @@ def test_many_samples_ride_in_one_batch_with_the_bytes_of_lone_ones(name: str, l
     assert watching.rows() == [150]
 
 
-def test_more_than_the_widest_takes_another_batch(live: Live, watching: Watching) -> None:
-    """A full batch holds as many rows as ever one does."""
-    requests = [sampling("tiny-gan", 900, first_sample_index=900 * part) for part in range(2)]
+def all_at_once(live: Live, watching: Watching, requests: Sequence[pb.SampleRequest]) -> list[bytes]:
+    """What requests of one model get that all wait for the device, which a call of one row keeps busy until then."""
     stop = watching.hold(99, 0)
-    held = live.stub.Sample(pb.SampleRequest(model="tiny-gan", seed=99), timeout=60)
+    held = live.stub.Sample(pb.SampleRequest(model=requests[0].model, seed=99), timeout=60)
     assert stop.arrived.wait(30)
     calls = [live.stub.Sample(request, timeout=60) for request in requests]
-    until(lambda: live.unfinished == 3)
+    until(lambda: live.unfinished == 1 + len(requests))
     live.settle()
     watching.clear()
     together = [gathered(call) for call in calls]
     gathered(held)
+    return together
+
+
+def test_more_than_the_widest_takes_another_batch(live: Live, watching: Watching) -> None:
+    """A full batch holds as many rows as ever one does."""
+    requests = [sampling("tiny-gan", 900, first_sample_index=900 * part) for part in range(2)]
+    together = all_at_once(live, watching, requests)
     assert watching.rows() == [1, WIDEST_ROWS, 1800 - WIDEST_ROWS]
     assert together == [live.sample(request) for request in requests]
     assert watching.rows() == [900, 900]
@@ -129,15 +135,7 @@ def test_more_than_the_widest_takes_another_batch(live: Live, watching: Watching
 def test_small_requests_of_many_share_one_wide_batch(live: Live, watching: Watching) -> None:
     """A hundred that wait while the device is busy go together, with the bytes that they have alone."""
     requests = [one_of(SINGLE_CALLS["vae"], k) for k in range(100)]
-    stop = watching.hold(99, 0)
-    held = live.stub.Sample(pb.SampleRequest(model="tiny-vae", seed=99), timeout=60)
-    assert stop.arrived.wait(30)
-    calls = [live.stub.Sample(request, timeout=60) for request in requests]
-    until(lambda: live.unfinished == 101)
-    live.settle()
-    watching.clear()
-    together = [gathered(call) for call in calls]
-    gathered(held)
+    together = all_at_once(live, watching, requests)
     assert watching.rows() == [1, 100]
     assert b"".join(together) == live.sample(one_of(SINGLE_CALLS["vae"], 0, 100))
     assert watching.rows() == [100]
